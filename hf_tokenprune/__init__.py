@@ -1,0 +1,28 @@
+"""Token pruning as an ordinary property of Hugging Face Transformers models."""
+
+from typing import Any
+
+from .convert import prune
+from .families import class_names, register_auto_classes
+from .modeling.pruning_config import PruningConfig, PruningStage
+from .profiling.macs import count_macs
+
+
+__version__ = "0.1.0"
+
+register_auto_classes()
+
+_CLASS_NAMES = class_names()
+
+__all__ = ["PruningConfig", "PruningStage", "count_macs", "prune", *_CLASS_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of the families; one that needs a later transformers says so when it is asked for."""
+    if name in _CLASS_NAMES:
+        return getattr(_CLASS_NAMES[name].load(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_CLASS_NAMES])

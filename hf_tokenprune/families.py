@@ -1,0 +1,85 @@
+"""The family table: which modeling file holds which classes, and their registration with the Auto classes."""
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType, ModuleType
+
+import transformers
+from packaging import version
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of encoders.
+
+    Args:
+        module: its file in `modeling`.
+        models: native class name -> our class name.
+        min_transformers: the first release whose native classes it fits.
+    """
+
+    module: str
+    models: dict[str, str]
+    min_transformers: str = "5.17.0"
+
+    @property
+    def config(self) -> str:
+        return next(iter(self.models.values())).removesuffix("Model") + "Config"
+
+    @property
+    def available(self) -> bool:
+        return version.parse(transformers.__version__) >= version.parse(self.min_transformers)
+
+    def load(self) -> ModuleType:
+        """Its module. Raises an ImportError where transformers is too old for it."""
+        return importlib.import_module(f".modeling.{self.module}", __package__)
+
+
+def _family(name: str, heads: tuple[str, ...], min_transformers: str = "5.17.0") -> Family:
+    models = {f"{name}{suffix}": f"TokenPrune{name}{suffix}" for suffix in ("Model", *heads)}
+    return Family(f"modeling_tokenprune_{name.lower()}", models, min_transformers)
+
+
+FAMILIES = MappingProxyType(
+    {
+        "BERT": _family("Bert", ("ForSequenceClassification", "ForTokenClassification")),
+        "ViT": _family("ViT", ("ForImageClassification",)),
+        "DINOv2": _family("Dinov2", ("ForImageClassification",), "5.18.0"),
+    }
+)
+
+
+def class_names() -> dict[str, Family]:
+    """Every public class name of every family."""
+    return {name: family for family in FAMILIES.values() for name in (family.config, *family.models.values())}
+
+
+def supported_natives() -> list[str]:
+    """The native classes that `prune` takes with this transformers."""
+    return [name for family in FAMILIES.values() if family.available for name in family.models]
+
+
+@cache
+def native_to_pruned() -> dict[type, type]:
+    """Native model class -> our model class, for the families that this transformers has."""
+    return {
+        getattr(transformers, native): getattr(family.load(), ours)
+        for family in FAMILIES.values()
+        if family.available
+        for native, ours in family.models.items()
+    }
+
+
+def register_auto_classes() -> None:
+    """Registers every available family with AutoConfig and its Auto model classes."""
+    for family in FAMILIES.values():
+        if not family.available:
+            continue
+        module = family.load()
+        config = getattr(module, family.config)
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto, reference in config.family_auto_map.items():
+            if auto != "AutoConfig":
+                model = getattr(module, reference.rpartition(".")[2])
+                getattr(transformers, auto).register(config, model, exist_ok=True)

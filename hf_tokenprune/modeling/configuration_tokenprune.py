@@ -1,0 +1,45 @@
+"""What all families' configs share: the nested pruning config and the complete `auto_map`."""
+
+from typing import Any
+
+from .pruning_config import PruningConfig
+
+
+class TokenPruneConfigMixin:
+    """Goes before the native config class. The subclass declares the field `pruning: Any = None`.
+
+    Modifications:
+        - `pruning` holds a `PruningConfig` or None; preset names and dicts are resolved on assignment, on disk it is a
+          plain dict.
+        - `auto_map` always names every class of the family, whichever of them is saved.
+    """
+
+    family_auto_map: dict[str, str] = {}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.check_pruning()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "pruning":
+            value = PruningConfig.coerce(value, getattr(self, "num_hidden_layers", None))
+        super().__setattr__(key, value)
+
+    def check_pruning(self) -> None:
+        """Raises a ValueError if this model cannot be pruned so."""
+        if self.pruning is not None:
+            self.pruning.check_layers(self.num_hidden_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["pruning"] = None if self.pruning is None else self.pruning.to_dict()
+        output["auto_map"] = dict(self.family_auto_map)
+        return output
+
+    @classmethod
+    def from_native(cls, native: Any, pruning: Any = None) -> "TokenPruneConfigMixin":
+        """This family's config with everything that a native config of the same family says."""
+        values = native.to_dict()
+        for name in ("model_type", "transformers_version", "architectures", "auto_map", "pruning"):
+            values.pop(name, None)
+        return cls(**values, pruning=pruning, attn_implementation=native._attn_implementation)

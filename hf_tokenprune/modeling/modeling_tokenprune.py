@@ -1,0 +1,403 @@
+"""What all families share: the layer that reduces tokens, the way through the layers, and the registration.
+
+A family says where the pieces of its layer are (`LayerAnatomy`, a handful of short methods that call the native
+modules) and how its embeddings, pooler and heads go; everything else is here, once.
+
+Shapes: B samples, N input length, K rows, T alive tokens of the batch, D features, A attention width. `..` stands for
+how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N` masked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from packaging import version
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from .pruning_config import PruningConfig, Site
+from .selection import select, shapes_only
+from .token_attention import AttentionKernel, attend, first_token_scores, maps_at_positions, received_scores
+from .token_outputs import EncoderCall, LayerWork
+from .token_state import Selection, TokenState, start_state
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer does in one call.
+
+    site: where tokens are reduced, None: nowhere.
+    first_token_only: only each sample's first token leaves the layer.
+    all_queries: every token asks, even if it is dropped here (for complete attention maps).
+    """
+
+    site: Site | None
+    pruning: PruningConfig | None
+    first_token_only: bool
+    all_queries: bool
+
+
+class TokenPruneLayer:
+    """A layer that reduces tokens between its attention and its feed-forward. Goes before the native layer class.
+
+    The family gives the anatomy, as calls of native modules:
+
+    Attributes:
+        attention_module: the native module that the attention function reads.
+        num_heads, head_dim, scaling, attention_dropout: as the native attention has them.
+        eager_attention: the family's own eager attention function.
+
+    Modifications:
+        - `forward` follows a `LayerPlan` and returns the new `TokenState` with the hidden states.
+        - The class token's attention row is scored before the attention: tokens that are dropped here compute neither
+          query, attention row, output projection nor feed-forward.
+    """
+
+    eager_attention: Callable
+
+    def query(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def key(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What queries, keys and values are made of."""
+        raise NotImplementedError
+
+    def attention_output(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Output projection, residual and whatever belongs to them."""
+        raise NotImplementedError
+
+    def feed_forward_block(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The feed-forward half of the layer, residual and norms included."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
+    ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
+        """hidden [.., D], laid out as `state.layout` -> the same after the layer, the new state, and the attention map
+        [B, H, N, N] if the kernel gives weights and positions are followed."""
+        kernel = AttentionKernel(config, self.attention_module, self.eager_attention, self.scaling, self.attention_dropout)
+        source = self.attention_input(hidden)
+        key, value = self.key(source), self.value(source)
+        query = None
+        kept = state
+        if plan.first_token_only:
+            hidden, source = state.layout.first(hidden), state.layout.first(source)
+            kept = state.only_first()
+        elif plan.site is not None:
+            if plan.all_queries or plan.site.saliency == "received_attention":
+                query = self.query(source)
+            selection = select(self._scores(plan.site, source, query, key, state), state, plan.site, plan.pruning)
+            if not plan.all_queries:
+                take = state.layout.take
+                hidden, source = take(hidden, selection), take(source, selection)
+                query = None if query is None else take(query, selection)
+            kept = state.after(selection)
+        queries = state if plan.all_queries else kept
+        query = self.query(source) if query is None else query
+        context, maps = attend(kernel, *map(self._split, (query, key, value)), queries.layout, state.layout)
+        hidden = self.attention_output(context, hidden)
+        if plan.all_queries and plan.site is not None:
+            hidden = state.layout.take(hidden, selection)
+        hidden = self.feed_forward_block(hidden)
+        attention_map = None
+        if maps and state.positions is not None:
+            attention_map = maps_at_positions(
+                maps, queries.layout, state.layout, queries.positions, state.positions, state.length
+            )
+        return hidden, kept, attention_map
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))  # [.., H, d]
+
+    def _scores(
+        self, site: Site, source: torch.Tensor, query: torch.Tensor | None, key: torch.Tensor, state: TokenState
+    ) -> torch.Tensor:  # [B, K]
+        if site.saliency == "received_attention":
+            return received_scores(query, key, state.layout, self.scaling, self.num_heads)
+        first = state.layout.first(source if query is None else query)
+        return first_token_scores(
+            self.query(first) if query is None else first, key, state.layout, self.scaling, self.num_heads
+        )
+
+
+class TokenPruneModel:
+    """The way through the layers, for base models. Goes before the native base model class.
+
+    The family's forward embeds the tokens between `begin` and `encode`.
+
+    Attributes:
+        output_class: the native output class with the declared further fields.
+        structural_tokens: how many tokens at the front of each sample every method keeps.
+
+    Modifications:
+        - Tokens are reduced between the halves of the layers, as `config.pruning` says; None prunes nothing.
+        - Outputs are captured here, in full length, and not by hooks on the layers.
+    """
+
+    _can_record_outputs = {}
+    output_class: type
+    structural_tokens = 1
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a family does to the last layer's output."""
+        return hidden
+
+    def pool(self, first: torch.Tensor) -> torch.Tensor | None:
+        """The `pooler_output` from each sample's first token, normalised, [B, 1, D]."""
+        raise NotImplementedError
+
+    def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
+        """Switches the pruning from now on. None is the exact unpruned model.
+
+        Raises:
+            ValueError: quoting the value and the rule it breaks; the old pruning stays.
+        """
+        set_config_pruning(self.config, pruning)
+
+    def begin(self, call: EncoderCall | None, trace: bool | None, restore: bool, kwargs: dict[str, Any]) -> EncoderCall:
+        """The call's wishes in one place: arguments first, then the config, as native models have it.
+
+        Raises:
+            ValueError: arguments of a decoder.
+        """
+        for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} must be None: token pruning needs a bidirectional encoder")
+        call = call or EncoderCall()
+        call.trace = call.trace or bool(trace)
+        call.restore = restore
+        for wish in ("hidden_states", "attentions"):
+            given = kwargs.get(f"output_{wish}")
+            setattr(call, wish, bool(getattr(self.config, f"output_{wish}", False) if given is None else given))
+        return call
+
+    def start_tokens(
+        self,
+        call: EncoderCall,
+        attention_mask: torch.Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device,
+        token_ids: torch.Tensor | None = None,
+    ) -> TokenState:
+        """The token state of an input [B, N].
+
+        Raises:
+            ValueError: an empty input, a mask that is not [B, N], protected ids without ids to look for.
+        """
+        if batch < 1 or length < 1:
+            raise ValueError(f"the input's shape ({[batch, length]}) must hold at least one sample of one token")
+        return start_state(
+            _token_mask(attention_mask, batch, length, device),
+            batch,
+            length,
+            execution=self._execution(),
+            prefix=self.structural_tokens,
+            device=device,
+            protected_tokens=self._protected_tokens(token_ids, device),
+            track=call.whole_sequence,
+        )
+
+    def _protected_tokens(self, token_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        pruning = self.config.pruning
+        if pruning is None or not pruning.sites or not pruning.protected_token_ids:
+            return None
+        if token_ids is None:
+            raise ValueError(
+                f"protected_token_ids ({list(pruning.protected_token_ids)}) need input_ids to be found in; prune without "
+                "protected ids, or give input_ids"
+            )
+        return torch.isin(token_ids, torch.tensor(pruning.protected_token_ids, device=device))
+
+    def _execution(self) -> str:
+        execution = "auto" if self.config.pruning is None else self.config.pruning.execution
+        if execution != "auto":
+            return execution
+        return "padded" if self.training or shapes_only() else "packed"
+
+    def encode(self, layers: nn.ModuleList, hidden: torch.Tensor, state: TokenState, call: EncoderCall) -> Any:
+        """Sends the tokens through the layers.
+
+        Args:
+            hidden: the embeddings [.., D], laid out as `state.layout`.
+            call: collects what it asks for.
+
+        Returns:
+            The model's output.
+        """
+        first_token_only = not call.whole_sequence and self._execution() != "masked"
+        bank = None
+        hidden_states, attentions = [], []
+        call.start = state
+        for index, layer in enumerate(layers):
+            if call.hidden_states:
+                hidden_states.append(_restore(hidden, state, bank))
+            plan = self._plan(index, first_token_only and index == len(layers) - 1, call)
+            before, before_state = hidden, state
+            hidden, state, attention_map = layer(hidden, state, plan, self.config)
+            if plan.site is not None and state.carrier is not None:
+                bank = _deposit(before, before_state, state, bank)
+            if call.attentions and attention_map is not None:
+                attentions.append(attention_map)
+            _collect(call, index, plan, before_state, state)
+        if call.hidden_states:
+            hidden_states.append(_restore(hidden, state, bank))
+        return self.output_class(
+            **self._sequence_outputs(hidden, state, bank, call),
+            hidden_states=tuple(hidden_states) if call.hidden_states else None,
+            attentions=tuple(attentions) if call.attentions else None,
+            token_trace=call.token_trace(),
+        )
+
+    def _sequence_outputs(
+        self, hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None, call: EncoderCall
+    ) -> dict[str, torch.Tensor | None]:
+        first = state.layout.first(hidden).reshape(-1, 1, hidden.shape[-1])  # [B, 1, D]
+        first = self.final_norm(first)
+        outputs = {"pooler_output": self.pool(first)}
+        if not call.whole_sequence:
+            return outputs | {"last_hidden_state": first}
+        if call.restore:
+            return outputs | {"last_hidden_state": self.final_norm(_restore(hidden, state, bank))}
+        alive = state.alive
+        rows = self.final_norm(state.layout.spread(hidden)).masked_fill(~alive[..., None], 0.0)
+        positions = state.positions.masked_fill(~alive, -1)
+        return outputs | {"last_hidden_state": rows, "attention_mask": alive.long(), "positions": positions}
+
+    def _plan(self, index: int, first_token_only: bool, call: EncoderCall) -> LayerPlan:
+        pruning = self.config.pruning
+        site = None if pruning is None or first_token_only else pruning.sites.get(index)
+        return LayerPlan(site, pruning, first_token_only, all_queries=call.attentions)
+
+
+def _token_mask(mask: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """bool [B, N], or None where every token is real."""
+    if mask is None:
+        return None
+    if mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask's shape ({list(mask.shape)}) must be [batch, length], here {[batch, length]}: a token is "
+            "there or not"
+        )
+    mask = mask.to(device=device, dtype=torch.bool)
+    # The check costs one synchronisation on an accelerator and saves the mask from every layer.
+    return mask if shapes_only() or not mask.all() else None
+
+
+def _deposit(
+    hidden: torch.Tensor, before: TokenState, after: TokenState, bank: torch.Tensor | None
+) -> torch.Tensor:
+    """Keeps the states of the tokens that a site drops: [B, N, D], zeros where no token was ever dropped."""
+    full = before.layout.gather(hidden, before.carrier)
+    bank = torch.zeros_like(full) if bank is None else bank
+    dropped = (before.carrier >= 0) & (after.carrier < 0)
+    return torch.where(dropped[..., None], full, bank)
+
+
+def _restore(hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
+    """Full length [B, N, D]: alive tokens as they are, dropped ones as they were last whole, zeros for padding."""
+    full = state.layout.gather(hidden, state.carrier)
+    there = (state.carrier >= 0)[..., None]
+    return torch.where(there, full, torch.zeros_like(full) if bank is None else bank)
+
+
+def _collect(call: EncoderCall, index: int, plan: LayerPlan, before: TokenState, after: TokenState) -> None:
+    if call.trace and plan.site is not None:
+        call.states[index] = after
+    if call.work:
+        queries = before if plan.all_queries else after
+        saliency = None if plan.site is None else plan.site.saliency
+        call.layer_work.append(LayerWork(before.counts, queries.counts, after.counts, saliency))
+
+
+class TokenPruneHead:
+    """A task head over a `TokenPruneModel`. Goes before the native head class.
+
+    Modifications:
+        - The base model is told what the head reads, so that the last layer computes no more.
+        - The output carries the token trace.
+
+    Attributes:
+        output_class: the native output class with the declared further fields.
+        reads_first_token_only: whether the head looks at nothing but each sample's first token.
+    """
+
+    output_class: type
+    reads_first_token_only = False
+
+    def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
+        """Switches the pruning from now on. None is the exact unpruned model.
+
+        Raises:
+            ValueError: quoting the value and the rule it breaks; the old pruning stays.
+        """
+        set_config_pruning(self.config, pruning)
+
+    def run_head(self, native_forward: Callable, output_token_trace: bool | None, **inputs: Any) -> Any:
+        """The native head's forward over our base model, its output with the trace."""
+        call = inputs.pop("encoder_call", None) or EncoderCall()
+        call.first_token_only = self.reads_first_token_only
+        call.trace = call.trace or bool(output_token_trace)
+        outputs = native_forward(**inputs, encoder_call=call, return_dict=True)
+        return self.output_class(**outputs, token_trace=call.token_trace())
+
+
+def require_pixels(pixel_values: torch.Tensor | None) -> torch.Tensor:
+    """Raises a ValueError where an image model is given no images."""
+    if pixel_values is None:
+        raise ValueError("You have to specify pixel_values")
+    return pixel_values
+
+
+def require_transformers(minimum: str, what: str) -> None:
+    """Raises an ImportError below the release that a family needs."""
+    if version.parse(transformers.__version__) < version.parse(minimum):
+        raise ImportError(f"{what} needs transformers >= {minimum}; this is {transformers.__version__}")
+
+
+def set_config_pruning(config: Any, pruning: PruningConfig | dict | str | None) -> None:
+    """Sets `config.pruning` if the model can be pruned so, else leaves it and raises."""
+    before = config.pruning
+    config.pruning = pruning
+    try:
+        config.check_pruning()
+    except ValueError:
+        config.pruning = before
+        raise
+
+
+def register_family(*, config: type, natives: dict[type, type], auto: dict[str, type]) -> None:
+    """Registers a family's classes, so that each saves itself with the code and the family's whole `auto_map`.
+
+    Args:
+        config: the family's config class.
+        natives: which native class each of our model classes stands for.
+        auto: the Auto class that loads each model class, by name.
+
+    Raises:
+        ValueError: the config class is registered already, or an Auto class names something that is not ours.
+    """
+    if config.family_auto_map:
+        raise ValueError(f"{config.__name__} is registered already, for {sorted(config.family_auto_map)}")
+    unknown = [cls.__name__ for cls in auto.values() if cls not in natives.values()]
+    if unknown:
+        raise ValueError(f"{unknown} must be among the family's models: {[cls.__name__ for cls in natives.values()]}")
+    module = config.__module__.rpartition(".")[2]
+    config.family_auto_map = {"AutoConfig": f"{module}.{config.__name__}"}
+    config.family_auto_map |= {name: f"{module}.{cls.__name__}" for name, cls in auto.items()}
+    config.register_for_auto_class()
+    for name, cls in auto.items():
+        cls.register_for_auto_class(name)
+    for native, cls in natives.items():
+        # Custom classes are otherwise skipped: a stock checkpoint with old key names would load at random.
+        mapping = get_checkpoint_conversion_mapping(native.__name__)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)

@@ -1,0 +1,289 @@
+"""BERT with token pruning: post-LN text encoder, one structural token ([CLS]).
+
+Shapes: B samples, N input length, D features; `..` is `1, T` packed and `B, N` otherwise.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertLayer,
+    BertPooler,
+    BertPreTrainedModel,
+    eager_attention_forward,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_tokenprune import TokenPruneConfigMixin
+from .modeling_tokenprune import TokenPruneHead, TokenPruneLayer, TokenPruneModel, register_family
+from .token_outputs import (
+    EXTRA_FIELDS,
+    EncoderCall,
+    TokenPruneModelOutputWithCrossAttentions,
+    TokenPruneSequenceClassifierOutput,
+    TokenPruneTokenClassifierOutput,
+)
+from .token_state import TokenState
+
+
+class TokenPruneBertConfig(TokenPruneConfigMixin, BertConfig):
+    """A `BertConfig` with `pruning`: a `PruningConfig`, its dict, a preset's name, or None.
+
+    Raises:
+        ValueError: a decoder or cross-attention, which no token can be taken from, or an impossible pruning.
+    """
+
+    model_type = "tokenprune_bert"
+    keys_to_ignore_at_inference = ["past_key_values", *EXTRA_FIELDS]
+    pruning: Any = None
+
+    def check_pruning(self) -> None:
+        for name in ("is_decoder", "add_cross_attention"):
+            if getattr(self, name):
+                raise ValueError(f"{name} (True) must be False: token pruning needs a bidirectional encoder")
+        super().check_pruning()
+
+    @property
+    def attention_width(self) -> int:
+        return self.hidden_size
+
+    @property
+    def feed_forward_macs(self) -> int:
+        """Multiply-accumulates of one token's feed-forward."""
+        return 2 * self.hidden_size * self.intermediate_size
+
+
+class TokenPruneBertLayer(TokenPruneLayer, BertLayer):
+    """The anatomy of a BERT layer: normalisation after each half."""
+
+    eager_attention = staticmethod(eager_attention_forward)
+
+    def __init__(self, config: TokenPruneBertConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx=layer_idx)
+        attention = self.attention.self
+        self.num_heads, self.head_dim = attention.num_attention_heads, attention.attention_head_size
+        self.scaling, self.attention_dropout = attention.scaling, attention.dropout.p
+
+    @property
+    def attention_module(self) -> nn.Module:
+        return self.attention.self
+
+    def query(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention.self.query(x)
+
+    def key(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention.self.key(x)
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention.self.value(x)
+
+    def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def attention_output(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self.attention.output(context, hidden)
+
+    def feed_forward_block(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.feed_forward_chunk(hidden)
+
+
+class TokenPruneBertEncoder(BertEncoder):
+    """Modifications: holds `TokenPruneBertLayer`s; the base model sends the tokens through them."""
+
+    def __init__(self, config: TokenPruneBertConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.layer = nn.ModuleList(TokenPruneBertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers))
+
+
+class TokenPruneBertModel(TokenPruneModel, BertModel):
+    """`BertModel` with token pruning.
+
+    Modifications:
+        - Packed: embeddings, too, are computed for real tokens alone.
+        - `last_hidden_state` and `hidden_states` are restored to full length; padding holds zeros.
+        - The pooler reads each sample's first real token.
+        - Built once, with `TokenPruneBertLayer`s; no decoder, no cache.
+    """
+
+    config_class = TokenPruneBertConfig
+    output_class = TokenPruneModelOutputWithCrossAttentions
+
+    def __init__(self, config: TokenPruneBertConfig, add_pooling_layer: bool = True):
+        BertPreTrainedModel.__init__(self, config)
+        self.gradient_checkpointing = False
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = TokenPruneBertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_token_trace: bool | None = None,
+        restore: bool = True,
+        encoder_call: EncoderCall | None = None,
+        **kwargs: Any,
+    ) -> TokenPruneModelOutputWithCrossAttentions:
+        """Takes what `BertModel` takes, and:
+
+        Args:
+            output_token_trace: whether the output carries a `token_trace`.
+            restore: False returns the kept tokens alone: `last_hidden_state` [B, K, D], `attention_mask` and
+                `positions` [B, K].
+
+        Raises:
+            ValueError: a mask that is not [B, N], an input longer than the position table, a decoder's arguments.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = given.shape[:2]
+        self._check_length(length, position_ids)
+        call = self.begin(encoder_call, output_token_trace, restore, kwargs)
+        state = self.start_tokens(call, attention_mask, batch, length, given.device, token_ids=input_ids)
+        hidden = self._embed(state, input_ids, token_type_ids, position_ids, inputs_embeds, batch, length)
+        return self.encode(self.encoder.layer, hidden, state, call)
+
+    def pool(self, first: torch.Tensor) -> torch.Tensor | None:
+        return None if self.pooler is None else self.pooler(first)
+
+    def _check_length(self, length: int, position_ids: torch.Tensor | None) -> None:
+        if position_ids is None and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the input's length ({length}) must be at most max_position_embeddings "
+                f"({self.config.max_position_embeddings}); truncate it"
+            )
+
+    def _embed(
+        self,
+        state: TokenState,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        batch: int,
+        length: int,
+    ) -> torch.Tensor:  # [.., D]
+        if position_ids is None:
+            position_ids = self.embeddings.position_ids[:, :length]
+        per_token = {
+            "input_ids": input_ids,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids.expand(batch, length),
+            "inputs_embeds": inputs_embeds,
+        }
+        return self.embeddings(**{k: None if v is None else state.layout.enter(v) for k, v in per_token.items()})
+
+
+class TokenPruneBertForSequenceClassification(TokenPruneHead, BertForSequenceClassification):
+    """`BertForSequenceClassification` over a `TokenPruneBertModel`."""
+
+    config_class = TokenPruneBertConfig
+    output_class = TokenPruneSequenceClassifierOutput
+    reads_first_token_only = True
+    # The native loss ignores `num_items_in_batch`; without this, Trainer would not divide by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TokenPruneBertConfig):
+        BertPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = TokenPruneBertModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_token_trace: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenPruneSequenceClassifierOutput:
+        """Takes what `BertForSequenceClassification` takes, and `output_token_trace`."""
+        return self.run_head(
+            super().forward,
+            output_token_trace,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+
+class TokenPruneBertForTokenClassification(TokenPruneHead, BertForTokenClassification):
+    """`BertForTokenClassification` over a `TokenPruneBertModel`: labels every input token, from restored states."""
+
+    config_class = TokenPruneBertConfig
+    output_class = TokenPruneTokenClassifierOutput
+    accepts_loss_kwargs = False  # as above
+
+    def __init__(self, config: TokenPruneBertConfig):
+        BertPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = TokenPruneBertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_token_trace: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenPruneTokenClassifierOutput:
+        """Takes what `BertForTokenClassification` takes, and `output_token_trace`."""
+        return self.run_head(
+            super().forward,
+            output_token_trace,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+
+def _classifier_dropout(config: TokenPruneBertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+register_family(
+    config=TokenPruneBertConfig,
+    natives={
+        BertModel: TokenPruneBertModel,
+        BertForSequenceClassification: TokenPruneBertForSequenceClassification,
+        BertForTokenClassification: TokenPruneBertForTokenClassification,
+    },
+    auto={
+        "AutoModelForTextEncoding": TokenPruneBertModel,
+        "AutoModel": TokenPruneBertModel,
+        "AutoModelForSequenceClassification": TokenPruneBertForSequenceClassification,
+        "AutoModelForTokenClassification": TokenPruneBertForTokenClassification,
+    },
+)

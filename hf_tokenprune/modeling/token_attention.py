@@ -1,0 +1,242 @@
+"""Attention over rows in any layout, by the kernel that the user chose with `attn_implementation`.
+
+Packed rows never meet a padded key: on the CPU each run of equal lengths is one call of the kernel; on CUDA one varlen
+call serves the batch where there is such a kernel, and rows are padded for the attention alone where there is none.
+
+Shapes: B samples, K rows, T alive tokens of the batch, H heads, d features of a head, A = H * d.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .token_state import Layout, MaskedRows, PackedRows, PaddedRows
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """One layer's attention function with what it needs besides queries, keys and values.
+
+    config: the model's config; its `_attn_implementation` names the function.
+    module: the native attention module, which the function reads (`training`, `is_causal`).
+    eager: the family's own eager function.
+    """
+
+    config: Any
+    module: nn.Module
+    eager: Callable
+    scaling: float
+    dropout: float
+
+    @property
+    def name(self) -> str:
+        return self.config._attn_implementation
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query [b, n, H, d], key and value [b, m, H, d] -> context [b, n, H, d], weights [b, H, n, m] or None."""
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.name, self.eager)
+        return function(
+            self.module,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            mask,
+            dropout=self.dropout if self.module.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+    def mask(self, query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor) -> torch.Tensor | None:
+        """The mask that hides dead keys, in the form that this kernel takes."""
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=query.flatten(2),
+            encoder_hidden_states=key.flatten(2),
+            attention_mask=alive,
+        )
+
+
+def attend(
+    kernel: AttentionKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    queries: Layout,
+    keys: Layout,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Every query row attends to the alive key rows of its own sample.
+
+    Args:
+        query: [.., H, d] laid out as `queries`. key, value: [.., H, d] laid out as `keys`.
+
+    Returns:
+        The context, laid out as `queries`, [.., A]; and the kernel's weights, if it gives any: one [b, H, n, m] per
+        call, in sample order.
+    """
+    if isinstance(keys, PackedRows):
+        return _attend_packed(kernel, query, key, value, queries, keys)
+    visible = keys.visible if isinstance(keys, MaskedRows) else keys.alive
+    mask = None if keys.full else kernel.mask(query, key, visible)
+    context, weights = kernel(query, key, value, mask)
+    return context.flatten(2), [] if weights is None else [weights]
+
+
+def _attend_packed(
+    kernel: AttentionKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    queries: PackedRows,
+    keys: PackedRows,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    if kernel.name.startswith("flash_attention"):
+        context, _ = kernel(query, key, value, None, **_varlen_arguments(queries, keys))
+        return context.flatten(2), []
+    if query.is_cuda and not (queries.full and keys.full):
+        if kernel.name == "sdpa" and has_varlen(query) and not (kernel.module.training and kernel.dropout):
+            return _varlen(kernel, query, key, value, queries, keys), []
+        if kernel.name == "sdpa":
+            return attend_by_padding(kernel, query, key, value, queries, keys), []
+    contexts, maps = [], []
+    for run in queries.runs(keys):
+        # [b, n, H, d]: views, nothing is copied
+        context, weights = kernel(
+            query[0, run.queries].unflatten(0, (run.count, -1)),
+            key[0, run.keys].unflatten(0, (run.count, -1)),
+            value[0, run.keys].unflatten(0, (run.count, -1)),
+            None,
+        )
+        contexts.append(context.flatten(0, 1).flatten(1))
+        if weights is not None:
+            maps.append(weights)
+    return (contexts[0] if len(contexts) == 1 else torch.cat(contexts))[None], maps
+
+
+def attend_by_padding(
+    kernel: AttentionKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    queries: PackedRows,
+    keys: PackedRows,
+) -> torch.Tensor:
+    """Packed rows through one padded call: the attention alone pays for padding. Returns the context [1, T, A]."""
+    query, key, value = queries.spread(query), keys.spread(key), keys.spread(value)
+    context, _ = kernel(query, key, value, kernel.mask(query, key, keys.alive))
+    return context.flatten(2)[queries.alive][None]
+
+
+def has_varlen(query: torch.Tensor) -> bool:
+    """Whether torch brings a variable-length kernel for this tensor: CUDA, half precision, torch >= 2.10."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _varlen_arguments(queries: PackedRows, keys: PackedRows) -> dict[str, Any]:
+    return {
+        "cu_seq_lens_q": queries.ends,
+        "cu_seq_lens_k": keys.ends,
+        "max_length_q": queries.rows,
+        "max_length_k": keys.rows,
+    }
+
+
+def _varlen(
+    kernel: AttentionKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    queries: PackedRows,
+    keys: PackedRows,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The kernel scales by 1 / sqrt(d) itself; whatever else the family wants goes into the queries.
+    query = query * (kernel.scaling * query.shape[-1] ** 0.5)
+    context = varlen_attn(query[0], key[0], value[0], queries.ends, keys.ends, queries.rows, keys.rows)
+    return context.flatten(1)[None]
+
+
+def first_token_scores(
+    query: torch.Tensor, key: torch.Tensor, keys: Layout, scaling: float, heads: int
+) -> torch.Tensor:
+    """The class token's attention to the alive rows of its sample, mean over heads, in float32.
+
+    Args:
+        query: each sample's first query, `keys.first(...)` of the projection, holding B rows of A features.
+        key: [.., A] laid out as `keys`.
+
+    Returns:
+        [B, K], rows of alive tokens sum to 1, dead rows 0.
+    """
+    query = query.reshape(-1, heads, 1, query.shape[-1] // heads).float() * scaling  # [B, H, 1, d]
+    if not isinstance(keys, PackedRows):
+        logits = query @ _heads(keys.spread(key), heads).mT.float()  # [B, H, 1, K]
+        return logits.squeeze(2).masked_fill(~keys.alive[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+    scores = query.new_zeros(len(keys.lengths), keys.rows)
+    for run in keys.runs(keys):
+        run_key = _heads(key[0, run.keys].unflatten(0, (run.count, -1)), heads).float()  # [b, H, n, d]
+        row = (query[run.samples] @ run_key.mT).squeeze(2).softmax(dim=-1).mean(dim=1)
+        scores[run.samples, : row.shape[1]] = row
+    return scores
+
+
+def received_scores(
+    query: torch.Tensor, key: torch.Tensor, rows: Layout, scaling: float, heads: int
+) -> torch.Tensor:
+    """The attention each alive row receives from the alive rows of its sample, mean over heads and rows, in float32.
+
+    Args:
+        query, key: [.., A] laid out as `rows`.
+
+    Returns:
+        [B, K], rows of alive tokens sum to 1, dead rows 0.
+    """
+    alive = rows.alive
+    query, key = (_heads(rows.spread(x), heads).float() for x in (query, key))  # [B, H, K, d]
+    logits = (query * scaling) @ key.mT  # [B, H, K, K]
+    weights = logits.masked_fill(~alive[:, None, None], -torch.inf).softmax(dim=-1)
+    weights = weights.mean(dim=1).masked_fill(~alive[:, :, None], 0.0)
+    return weights.sum(dim=1) / alive.sum(dim=1, keepdim=True)
+
+
+def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, K, A] -> [B, H, K, d]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def maps_at_positions(
+    maps: list[torch.Tensor], queries: Layout, keys: Layout, query_positions: torch.Tensor, key_positions: torch.Tensor, length: int
+) -> torch.Tensor:
+    """A layer's weights at the original positions, zero where a token was gone: [B, H, N, N].
+
+    Args:
+        maps: what `attend` returned. query_positions, key_positions: long [B, K], the rows' original positions.
+    """
+    batch, heads = key_positions.shape[0], maps[0].shape[1]
+    if isinstance(keys, MaskedRows):
+        hidden = keys.visible[:, None, :, None] & keys.visible[:, None, None, :]
+        return maps[0].masked_fill(~hidden, 0.0)
+    spread = maps[0].new_zeros(batch, heads, queries.rows, keys.rows)
+    first = 0
+    for weights in maps:
+        spread[first : first + weights.shape[0], :, : weights.shape[2], : weights.shape[3]] = weights
+        first += weights.shape[0]
+    seen = queries.alive[:, None, :, None] & keys.alive[:, None, None, :]
+    spread = spread.masked_fill(~seen, 0.0)
+    by_key = spread.new_zeros(batch, heads, queries.rows, length)
+    by_key.scatter_add_(3, key_positions[:, None, None].expand_as(spread), spread)
+    full = spread.new_zeros(batch, heads, length, length)
+    return full.scatter_add_(2, query_positions[:, None, :, None].expand(-1, heads, -1, length), by_key)

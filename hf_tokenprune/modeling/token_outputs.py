@@ -1,0 +1,122 @@
+"""What a model returns besides the native fields, and what travels down through one call.
+
+Every output class is the native one with further declared fields, `None` unless asked for.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    ImageClassifierOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import ModelOutput
+
+from .token_state import TokenState
+
+
+EXTRA_FIELDS = ("token_trace", "attention_mask", "positions")
+
+
+@dataclass
+class TokenTrace(ModelOutput):
+    """Which original token went where.
+
+    Args:
+        layers: the layers of the S sites, a list.
+        counts: long [S, B], tokens alive after each site.
+        source: long [S, B, N], for each original position the row, among the alive tokens of its own sample, that
+            carries it after the site; -1 where it was dropped, and for padding.
+    """
+
+    layers: list[int] | None = None
+    counts: torch.Tensor | None = None
+    source: torch.Tensor | None = None
+
+
+@dataclass
+class TokenPruneModelOutputWithCrossAttentions(BaseModelOutputWithPoolingAndCrossAttentions):
+    """attention_mask, positions: long [B, K], with `restore=False` alone (positions -1 where the mask is 0)."""
+
+    token_trace: TokenTrace | None = None
+    attention_mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+@dataclass
+class TokenPruneModelOutput(BaseModelOutputWithPooling):
+    """attention_mask, positions: long [B, K], with `restore=False` alone (positions -1 where the mask is 0)."""
+
+    token_trace: TokenTrace | None = None
+    attention_mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+@dataclass
+class TokenPruneSequenceClassifierOutput(SequenceClassifierOutput):
+    token_trace: TokenTrace | None = None
+
+
+@dataclass
+class TokenPruneTokenClassifierOutput(TokenClassifierOutput):
+    token_trace: TokenTrace | None = None
+
+
+@dataclass
+class TokenPruneImageClassifierOutput(ImageClassifierOutput):
+    token_trace: TokenTrace | None = None
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """How many tokens of each sample one layer computed what for; all long [B].
+
+    saliency: what was scored there, None without a site.
+    """
+
+    keys: torch.Tensor
+    queries: torch.Tensor
+    feed_forward: torch.Tensor
+    saliency: str | None
+
+
+@dataclass
+class EncoderCall:
+    """What one call asks of the encoder, and what it collects; made for the call and dropped with it.
+
+    Args:
+        first_token_only: the head reads each sample's first token alone.
+        trace, work, hidden_states, attentions: what to collect.
+        restore: whether the sequence comes back in full length.
+        start: the state at the input; states: the state after each site, by layer; layer_work: one entry per layer.
+    """
+
+    first_token_only: bool = False
+    trace: bool = False
+    work: bool = False
+    hidden_states: bool = False
+    attentions: bool = False
+    restore: bool = True
+    start: TokenState | None = None
+    states: dict[int, TokenState] = field(default_factory=dict)
+    layer_work: list[LayerWork] = field(default_factory=list)
+
+    @property
+    def whole_sequence(self) -> bool:
+        """Whether more than the first token's last state is asked for."""
+        return not self.first_token_only or self.trace or self.hidden_states or self.attentions
+
+    def token_trace(self) -> TokenTrace | None:
+        """The trace, if it was asked for."""
+        if not self.trace:
+            return None
+        counts = [state.counts for state in self.states.values()]
+        source = [state.ranked_carrier() for state in self.states.values()]
+        return TokenTrace(
+            layers=list(self.states),
+            counts=torch.stack(counts) if counts else self.start.counts[None][:0],
+            source=torch.stack(source) if source else self.start.carrier[None][:0],
+        )

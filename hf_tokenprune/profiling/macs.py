@@ -1,0 +1,102 @@
+"""Multiply-accumulates of an encoder on the unpadded tokens of one very input.
+
+The counts come from the token states of a real call, so adaptive methods are counted as they decided.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..convert import prune
+from ..families import native_to_pruned
+from ..modeling.token_outputs import EncoderCall, LayerWork
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """Multiply-accumulates of the encoder layers; FLOPs are twice as many.
+
+    Args:
+        total: what this input costs, the pruning's own work included.
+        lossless: our engine with nothing pruned.
+        unpruned: the stock encoder layers on the same unpadded tokens.
+        per_layer: the layers' shares of `total`.
+        per_sample: the samples' shares of `total`.
+    """
+
+    total: int
+    lossless: int
+    unpruned: int
+    per_layer: list[int]
+    per_sample: list[int]
+
+    @property
+    def ratio(self) -> float:
+        """total / unpruned"""
+        return self.total / self.unpruned
+
+
+def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
+    """Counts what one input costs.
+
+    Args:
+        model: one of our models, or a native one of a supported family: its `total` is the stock encoder's.
+        inputs: what the model is called with.
+
+    Raises:
+        TypeError: a model of an unsupported family.
+    """
+    config = prune(model, None).config
+    unpruned_work = _run(prune(model, None), inputs)
+    stock = _macs([_stock_layer(work) for work in unpruned_work], config)
+    if type(model) in native_to_pruned():
+        macs = stock
+    else:
+        macs = _macs(_run(prune(model, model.config.pruning), inputs), config)
+    return MacCount(
+        total=int(macs.sum()),
+        lossless=int(_macs(unpruned_work, config).sum()),
+        unpruned=int(stock.sum()),
+        per_layer=macs.sum(dim=1).tolist(),
+        per_sample=macs.sum(dim=0).tolist(),
+    )
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[LayerWork]:
+    call = EncoderCall(work=True)
+    with torch.no_grad():
+        model(**inputs, encoder_call=call)
+    return call.layer_work
+
+
+def _stock_layer(work: LayerWork) -> LayerWork:
+    """What the stock layer does for the same tokens."""
+    return LayerWork(keys=work.keys, queries=work.keys, feed_forward=work.keys, saliency=None)
+
+
+def _macs(layer_work: list[LayerWork], config: Any) -> torch.Tensor:
+    """long [layers, B]"""
+    return torch.stack([_layer_macs(work, config) for work in layer_work])
+
+
+def _layer_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
+    hidden, width = config.hidden_size, config.attention_width
+    keys, queries = work.keys, work.queries
+    macs = 2 * keys * hidden * width  # key and value projections
+    macs = macs + 2 * queries * hidden * width  # query and output projections
+    macs = macs + 2 * queries * keys * width  # attention logits, and the mean of the values
+    macs = macs + work.feed_forward * config.feed_forward_macs
+    return macs + _score_macs(work, hidden, width)
+
+
+def _score_macs(work: LayerWork, hidden: int, width: int) -> torch.Tensor | int:
+    keys, queries = work.keys, work.queries
+    all_asked = queries == keys
+    if work.saliency == "cls_attention":  # one more query, unless all are there, and one row of logits
+        return keys * width + torch.where(all_asked, 0, hidden * width)
+    if work.saliency == "received_attention":  # the dropped tokens' queries, and the map
+        return (keys - queries) * hidden * width + keys * keys * width
+    return 0

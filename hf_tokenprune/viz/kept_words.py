@@ -1,0 +1,279 @@
+"""A self-contained HTML page that shows which words of a document survived which pruning site.
+
+Everything comes from the token trace of a forward pass; no model is needed here.
+
+Shapes: B samples, N padded length, S pruning sites.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+from uuid import uuid4
+
+from jinja2 import Environment, StrictUndefined
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TEMPLATE = "kept_words.html.jinja"
+_SPECIAL = frozenset(
+    ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "<s>", "</s>", "<pad>", "<mask>", "<unk>", "<cls>", "<eos>", "<bos>"]
+)
+_WORD_PIECE = "##"
+_WORD_START = ("Ġ", "▁")  # byte-level BPE, SentencePiece
+_LINE_BREAK = ("Ċ", "\n")
+_OPENING = frozenset("([{")
+_CLOSING = frozenset(".,;:!?)]}%")
+_APOSTROPHES = frozenset("'’")
+_LONGEST_LEGEND = 5
+
+
+class TokenTrace(Protocol):
+    """What this page reads of a model's `token_trace`."""
+
+    layers: list[int]
+    """The site layers, S of them."""
+    counts: Tensor
+    """`[S, B]`, tokens alive after each site."""
+    source: Tensor
+    """`[S, B, N]`, for each original position the row that carries it now; -1 dropped."""
+
+
+@dataclass(frozen=True)
+class DocumentView:
+    """One document as the page shows it; lists over positions have one entry per original token, without padding."""
+
+    words: list[str]
+    """The tokens as the tokenizer spells them ("##ing", "Ġword", "▁word"); the page joins pieces of one word."""
+    last_site: list[int]
+    """How many sites each position survived, 0..S. A token merged into another lives on in that one."""
+    layers: list[int]
+    """The site layers, S of them."""
+    label: str
+    prediction: str
+    prediction_unpruned: str
+    confidence: float | None
+    """Probability of `prediction`, 0..1."""
+    counts: list[int] | None = None
+    """Tokens alive after each site. None: as many as there are surviving positions, true where nothing is merged."""
+
+    def __post_init__(self) -> None:
+        sites = len(self.layers)
+        if len(self.last_site) != len(self.words):
+            raise ValueError(f"last_site ({len(self.last_site)} entries) must have one per word ({len(self.words)})")
+        if outside := [depth for depth in self.last_site if not 0 <= depth <= sites]:
+            raise ValueError(f"last_site ({outside[0]}) must be in [0, {sites}], the number of sites")
+        if self.counts is not None and len(self.counts) != sites:
+            raise ValueError(f"counts ({len(self.counts)} entries) must have one per site ({sites})")
+        if self.confidence is not None and not 0 <= self.confidence <= 1:
+            raise ValueError(f"confidence ({self.confidence}) must be in [0, 1]")
+
+    def surviving(self) -> list[int]:
+        """Original positions still carried at the input and after each site, `S + 1` numbers."""
+        return [sum(depth >= site for depth in self.last_site) for site in range(len(self.layers) + 1)]
+
+    def alive(self) -> list[int]:
+        """Tokens the model computes on at the input and after each site, `S + 1` numbers."""
+        return self.surviving() if self.counts is None else [len(self.words), *self.counts]
+
+
+def document_views(
+    tokens: Sequence[Sequence[str]],
+    trace: TokenTrace,
+    *,
+    labels: Sequence[str] | None = None,
+    predictions: Sequence[str] | None = None,
+    predictions_unpruned: Sequence[str] | None = None,
+    confidences: Sequence[float | None] | None = None,
+    attention_mask: Tensor | None = None,
+) -> list[DocumentView]:
+    """Build the views of a batch from its token trace.
+
+    Args:
+        tokens: token strings of each of the B samples, without padding.
+        trace: `layers` (S), `counts` `[S, B]` and `source` `[S, B, N]` of the forward pass of these samples.
+        labels, predictions, predictions_unpruned, confidences: one entry per sample; left out, the page omits them.
+        attention_mask: `[B, N]`, needed only where padding is not on the right.
+
+    Raises:
+        ValueError: the trace and the tokens do not belong together.
+    """
+    batch = len(tokens)
+    _check_trace(trace, batch)
+    columns = {
+        "labels": labels,
+        "predictions": predictions,
+        "predictions_unpruned": predictions_unpruned,
+        "confidences": confidences,
+    }
+    for name, column in columns.items():
+        if column is not None and len(column) != batch:
+            raise ValueError(f"{name} ({len(column)} entries) must have one per document ({batch})")
+
+    # A token that is gone stays gone, so the product over the sites counts the leading sites it survived.
+    depths = (trace.source >= 0).long().cumprod(0).sum(0).tolist()  # [B][N]
+    counts = trace.counts.t().tolist()  # [B][S]
+    masks = [None] * batch if attention_mask is None else attention_mask.tolist()
+    return [
+        DocumentView(
+            words=list(tokens[b]),
+            last_site=_without_padding(depths[b], len(tokens[b]), masks[b], b),
+            layers=[int(layer) for layer in trace.layers],
+            label=labels[b] if labels else "",
+            prediction=predictions[b] if predictions else "",
+            prediction_unpruned=predictions_unpruned[b] if predictions_unpruned else "",
+            confidence=confidences[b] if confidences else None,
+            counts=counts[b],
+        )
+        for b in range(batch)
+    ]
+
+
+def _check_trace(trace: TokenTrace, batch: int) -> None:
+    sites = len(trace.layers)
+    if tuple(trace.counts.shape) != (sites, batch):
+        raise ValueError(f"trace.counts ({tuple(trace.counts.shape)}) must be [sites, documents] ({(sites, batch)})")
+    if trace.source.dim() != 3 or tuple(trace.source.shape[:2]) != (sites, batch):
+        raise ValueError(f"trace.source ({tuple(trace.source.shape)}) must be [sites, documents, N] for {sites} sites")
+
+
+def _without_padding(depths: list[int], length: int, mask: list[int] | None, document: int) -> list[int]:
+    """The entries of `depths` `[N]` that belong to the document's own `length` tokens."""
+    kept = depths[:length] if mask is None else [depth for depth, own in zip(depths, mask, strict=True) if own]
+    if len(kept) != length:
+        raise ValueError(f"document {document} has {length} tokens, but its trace covers {len(kept)}")
+    if mask is None and any(depths[length:]):
+        # Left-padded samples would otherwise be shown shifted, which looks plausible and is wrong.
+        raise ValueError(f"document {document}: tokens survive beyond its {length} tokens; pass attention_mask")
+    return kept
+
+
+class _Piece(NamedTuple):
+    text: str
+    glued: bool
+    """No space between it and the piece before it."""
+    special: bool
+    depth: int
+
+
+class _Step(NamedTuple):
+    name: str
+    alive: int
+    percent: float
+    sentence: str
+
+
+def _pieces(document: DocumentView) -> list[_Piece]:
+    """The document's tokens as readable text, one piece per token."""
+    words = document.words
+    word_pieces = any(word.startswith(_WORD_PIECE) and len(word) > len(_WORD_PIECE) for word in words)
+    marked = not word_pieces and any(word.startswith(_WORD_START) for word in words)
+    pieces: list[_Piece] = []
+    for word, depth in zip(words, document.last_site, strict=True):
+        before = pieces[-1] if pieces else None
+        special = word in _SPECIAL
+        inner = before is not None and not before.special and not special
+        if marked:
+            glued = inner and not word.startswith((*_WORD_START, *_LINE_BREAK))
+            text = _strip_marker(word)
+        elif word.startswith(_WORD_PIECE) and len(word) > len(_WORD_PIECE):
+            glued = inner
+            text = word.removeprefix(_WORD_PIECE)
+        else:
+            glued = inner and _sticks(before.text, word)
+            text = word
+        pieces.append(_Piece(text, glued, special, depth))
+    return pieces
+
+
+def _strip_marker(word: str) -> str:
+    text = word[1:] if word.startswith(_WORD_START) else word
+    for mark in _LINE_BREAK:
+        text = text.replace(mark, "↵")
+    return text or "␣"
+
+
+def _sticks(before: str, text: str) -> bool:
+    """Whether plain word-piece text reads better without the space between these two tokens."""
+    return text in _CLOSING or before in _OPENING or text in _APOSTROPHES or before in _APOSTROPHES
+
+
+def _site_names(layers: Sequence[int]) -> list[str]:
+    return ["input", *(f"site {site} (layer {layer})" for site, layer in enumerate(layers, start=1))]
+
+
+def _steps(document: DocumentView) -> list[_Step]:
+    """What is alive at the input and after each site, as numbers and as a sentence."""
+    total = len(document.words)
+    steps = []
+    for name, alive, carried in zip(_site_names(document.layers), document.alive(), document.surviving(), strict=True):
+        sentence = f"{alive} of {total} tokens alive"
+        if alive != carried:
+            sentence += f", carrying {carried} of the original ones"
+        steps.append(_Step(name, alive, 100 * alive / max(total, 1), sentence))
+    return steps
+
+
+def _legend(names: Sequence[str]) -> list[tuple[int, str]]:
+    """Depths to explain: all of them, or the ends and the middle where the sites are many."""
+    sites = len(names) - 1
+    depths = list(range(sites + 1)) if sites < _LONGEST_LEGEND else [0, sites // 2, sites]
+    return [(depth, f"dropped at {names[depth + 1]}" if depth < sites else "kept to the end") for depth in depths]
+
+
+def render_page(documents: Sequence[DocumentView], *, title: str, summary: str = "") -> str:
+    """Render the documents as one HTML page that needs no network.
+
+    The slider starts after the last site; `#site=k` in the page's address starts it after site k (0: the input).
+
+    Args:
+        documents: views with the same site layers, since one slider moves all of them.
+        title: heading of the page, plain text.
+        summary: a paragraph under the heading, plain text.
+
+    Raises:
+        ValueError: no documents, or documents with different sites.
+    """
+    if not documents:
+        raise ValueError("documents is empty: a page needs at least one")
+    layers = documents[0].layers
+    for document in documents:
+        if document.layers != layers:
+            raise ValueError(f"documents must share their site layers: {document.layers} is not {layers}")
+    names = _site_names(layers)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        title=title,
+        summary=summary,
+        sites=len(layers),
+        names=names,
+        legend=_legend(names),
+        fates=[*(f"dropped at {name}" for name in names[1:]), "kept to the end"],
+        documents=[(document, _steps(document), _pieces(document)) for document in documents],
+    )
+
+
+def write_page(path: str | os.PathLike[str], html: str) -> Path:
+    """Write the page so that a reader sees the old file or the whole new one, never a part."""
+    return write_atomically(path, html.encode("utf-8", errors="replace"))
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Replace `path` in one step; the folder is made if it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because os.replace is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,231 @@
+"""Plots of what pruning costs and saves. matplotlib is an extra and is imported only when something is drawn."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .kept_words import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.path import Path as Line
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+_INK, _SOFT, _ACCENT = "#1f2328", "#8c959f", "#0b6e8f"
+_MARKER_POINTS = 7.0
+_LABEL_DISTANCES = (9, 22, 36, 52, 70, 90)  # points
+_LABEL_DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (0.8, 0.7), (-0.8, 0.7), (0.8, -0.7), (-0.8, -0.7))
+_NEVER = 1e6
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One model at one budget."""
+
+    name: str
+    macs: float
+    """Giga multiply-accumulates per document."""
+    accuracy: float
+    """0..1."""
+    low: float | None = None
+    """Lower end of the interval of `accuracy`; both ends or neither."""
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.macs > 0:
+            raise ValueError(f"macs ({self.macs}) must be above 0")
+        if not 0 <= self.accuracy <= 1:
+            raise ValueError(f"accuracy ({self.accuracy}) must be in [0, 1]")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"low ({self.low}) and high ({self.high}) must be given together")
+        if self.low is not None and not 0 <= self.low <= self.accuracy <= self.high <= 1:
+            raise ValueError(f"the interval ({self.low}, {self.high}) must hold accuracy ({self.accuracy}), in [0, 1]")
+
+
+class _Place(NamedTuple):
+    offset: tuple[float, float]
+    """Points from the marker."""
+    box: Bbox
+    """Pixels of the text."""
+    line: Line
+    """Pixels from the marker to the middle of the text."""
+
+
+def accuracy_over_macs(points: Sequence[OperatingPoint], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw accuracy over arithmetic, one labelled point per operating point, and write it as a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no points.
+    """
+    if not points:
+        raise ValueError("points is empty: a plot needs at least one")
+    content = io.BytesIO()
+    _draw(points, title).savefig(content, format="png")
+    return write_atomically(path, content.getvalue())
+
+
+def _draw(points: Sequence[OperatingPoint], title: str) -> Figure:
+    figure, axes = _new_figure(title)
+    for point in points:
+        _draw_point(axes, point)
+    _set_limits(axes, points)
+    _place_labels(figure, axes, points)
+    return figure
+
+
+def _new_figure(title: str) -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'hf_tokenprune[viz]'") from error
+
+    # A canvas of its own, not pyplot: the caller's backend and open figures stay as they are.
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12, parse_math=False, wrap=True)
+    axes.set_xlabel("giga multiply-accumulates per document", color=_INK)
+    axes.set_ylabel("accuracy", color=_INK)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.grid(color="#d1d9e0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_SOFT)
+    axes.tick_params(colors=_INK, length=0)
+    return figure, axes
+
+
+def _draw_point(axes: Axes, point: OperatingPoint) -> None:
+    error = None
+    if point.low is not None and point.high is not None:
+        error = [[point.accuracy - point.low], [point.high - point.accuracy]]
+    axes.errorbar(
+        point.macs,
+        point.accuracy,
+        yerr=error,
+        fmt="o",
+        markersize=_MARKER_POINTS,
+        color=_ACCENT,
+        ecolor=_SOFT,
+        elinewidth=1.2,
+        capsize=3,
+        markeredgecolor="white",
+    )
+
+
+def _set_limits(axes: Axes, points: Sequence[OperatingPoint]) -> None:
+    low = min(point.accuracy if point.low is None else point.low for point in points)
+    high = max(point.accuracy if point.high is None else point.high for point in points)
+    margin = max(0.2 * (high - low), 0.005)
+    # Hardly above 1: a tick at 102 % would mean nothing.
+    axes.set_ylim(low - margin, min(high + margin, 1 + 0.3 * margin))
+    # From zero, so that half the arithmetic is half the way.
+    axes.set_xlim(0, 1.15 * max(point.macs for point in points))
+
+
+def _place_labels(figure: Figure, axes: Axes, points: Sequence[OperatingPoint]) -> None:
+    """Give each name the nearest free place around its point, with a leader line where that is further away."""
+    figure.canvas.draw()
+    # The layout is final now; solving it again for the labels would move the points under them.
+    figure.set_layout_engine("none")
+    marks = [box for point in points for box in _obstacles(figure, axes, point)]
+    placed: list[_Place] = []
+    for point in sorted(points, key=lambda point: (point.macs, point.accuracy)):
+        place = _best_place(figure, axes, point, marks, placed)
+        _label(axes, point, place.offset)
+        placed.append(place)
+
+
+def _obstacles(figure: Figure, axes: Axes, point: OperatingPoint) -> list[Bbox]:
+    """The pixels of a point's marker and of its error bar."""
+    from matplotlib.transforms import Bbox
+
+    radius = _MARKER_POINTS / 2 * figure.dpi / 72
+    x, y = axes.transData.transform((point.macs, point.accuracy))
+    boxes = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)]
+    if point.low is not None:
+        _, bottom = axes.transData.transform((point.macs, point.low))
+        _, top = axes.transData.transform((point.macs, point.high))
+        boxes.append(Bbox.from_extents(x - radius, bottom, x + radius, top))
+    return boxes
+
+
+def _best_place(
+    figure: Figure, axes: Axes, point: OperatingPoint, marks: Sequence[Bbox], placed: Sequence[_Place]
+) -> _Place:
+    """The first place that covers nothing, else the one that covers least."""
+    frame = axes.get_window_extent()
+    best, least = None, math.inf
+    for offset in _offsets():
+        place = _try_place(figure, axes, point, offset)
+        cost = _cost(place, frame, marks, placed)
+        if cost < least:
+            best, least = place, cost
+        if cost == 0:
+            break
+    return best
+
+
+def _try_place(figure: Figure, axes: Axes, point: OperatingPoint, offset: tuple[float, float]) -> _Place:
+    from matplotlib.path import Path as Line
+    from matplotlib.text import Text
+
+    label = _label(axes, point, offset)
+    label.update_positions(figure.canvas.get_renderer())
+    # The extent of the annotation itself would take in its leader line, which always touches the point.
+    box = Text.get_window_extent(label).padded(2)
+    label.remove()
+    middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+    return _Place(offset, box, Line([axes.transData.transform((point.macs, point.accuracy)), middle]))
+
+
+def _cost(place: _Place, frame: Bbox, marks: Sequence[Bbox], placed: Sequence[_Place]) -> float:
+    """Pixels that the label would cover; leaving the frame or tangling with another label costs more than any bar."""
+    from matplotlib.transforms import Bbox
+
+    box = place.box
+    outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+    tangled = sum(
+        other.line.intersects_bbox(box) + place.line.intersects_bbox(other.box) + box.overlaps(other.box)
+        for other in placed
+    )
+    overlaps = (Bbox.intersection(box, mark) for mark in marks)
+    covered = sum(overlap.width * overlap.height for overlap in overlaps if overlap is not None)
+    return covered + _NEVER * (outside + tangled)
+
+
+def _offsets() -> Iterator[tuple[float, float]]:
+    for distance in _LABEL_DISTANCES:
+        for x, y in _LABEL_DIRECTIONS:
+            yield x * distance, y * distance
+
+
+def _label(axes: Axes, point: OperatingPoint, offset: tuple[float, float]) -> Annotation:
+    from matplotlib.patheffects import withStroke
+
+    x, y = offset
+    far = max(abs(x), abs(y)) > 1.5 * _LABEL_DISTANCES[0]
+    return axes.annotate(
+        point.name,
+        (point.macs, point.accuracy),
+        offset,
+        textcoords="offset points",
+        ha="center" if abs(x) < 1 else "left" if x > 0 else "right",
+        va="center" if abs(y) < 1 else "bottom" if y > 0 else "top",
+        fontsize=9,
+        color=_INK,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        parse_math=False,  # a name is text: "$" in it is no formula
+        arrowprops={"arrowstyle": "-", "color": _SOFT, "linewidth": 0.7, "shrinkB": 4} if far else None,
+    )

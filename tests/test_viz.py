@@ -1,0 +1,395 @@
+"""Pictures: the page of kept words and the plot of accuracy over arithmetic."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_tokenprune.viz import (
+    DocumentView,
+    OperatingPoint,
+    accuracy_over_macs,
+    document_views,
+    kept_words,
+    plots,
+    render_page,
+    write_page,
+)
+
+HOSTILE = ["<script>alert(1)</script>", '"quoted"', "it's", "😀", "</span>", "{{ 7 * 7 }}", "&lt;", "x\" onload='y'"]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@dataclass
+class Trace:
+    layers: list[int]
+    counts: torch.Tensor  # [S, B]
+    source: torch.Tensor  # [S, B, N]
+
+
+def random_trace(lengths: list[int], sites: int, *, merge: bool = False, seed: int = 0) -> Trace:
+    """Drop about a third of the alive tokens at each site, or merge them into the first token."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.full((sites, len(lengths), max(lengths) + 2), -1)  # two columns of padding
+    counts = torch.zeros(sites, len(lengths), dtype=torch.long)
+    for sample, length in enumerate(lengths):
+        rows = list(range(length))  # row that carries each position
+        for site in range(sites):
+            alive = sorted(set(rows) - {-1})
+            stays = [row for row in alive if row == 0 or torch.rand(1, generator=generator) < 0.65]
+            new_row = {row: stays.index(row) if row in stays else (0 if merge else -1) for row in alive}
+            rows = [new_row.get(row, -1) for row in rows]
+            source[site, sample, :length] = torch.tensor(rows)
+            counts[site, sample] = len(stays)
+    return Trace([2 * site + 1 for site in range(sites)], counts, source)
+
+
+def words_of(length: int) -> list[str]:
+    return ["[CLS]", *(f"word{i}" if i % 3 else f"##piece{i}" for i in range(1, length - 1)), "[SEP]"][:length]
+
+
+def view(words: list[str], last_site: list[int], sites: int = 2, **changes) -> DocumentView:
+    plain = DocumentView(words, last_site, list(range(sites)), "label", "pruned", "unpruned", 0.5)
+    return replace(plain, **changes)
+
+
+class Page(HTMLParser):
+    """What a reader of the page sees: the words with their state, the steps, the sentences; and what could run."""
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.words: list[list[str]] = []
+        self.gone: list[list[bool]] = []
+        self.glued: list[list[bool]] = []
+        self.current: list[int] = []
+        self.sentences: list[list[str]] = []
+        self.alive: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.text = ""
+        self._into: list[str] | None = None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        classes = (attrs.get("class") or "").split()
+        self.tags.append(tag)
+        self.attributes |= set(attrs)
+        self._into = None
+        if tag == "article":
+            for column in (self.words, self.gone, self.glued, self.sentences):
+                column.append([])
+        elif tag == "li":
+            if "aria-current" in attrs:
+                self.current.append(len(self.sentences[-1]))
+            self.sentences[-1].append(attrs["data-alive"])
+        elif "w" in classes and self.words:
+            self.gone[-1].append("gone" in classes)
+            self.glued[-1].append("on" in classes)
+            self.words[-1].append("")
+            self._into = self.words[-1]
+        elif "alive" in classes:
+            self.alive.append("")
+            self._into = self.alive
+
+    def handle_endtag(self, tag):
+        self._into = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self._into is not None:
+            self._into[-1] += data
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("sites", [1, 3])
+def test_views_match_a_naive_loop(merge, sites):
+    lengths = [9, 30, 1]
+    trace = random_trace(lengths, sites, merge=merge)
+    tokens = [words_of(length) for length in lengths]
+    for sample, document in enumerate(document_views(tokens, trace)):
+        expected = []
+        for position in range(lengths[sample]):
+            survived = 0
+            while survived < sites and trace.source[survived, sample, position] >= 0:
+                survived += 1
+            expected.append(survived)
+        assert document.words == tokens[sample]
+        assert document.last_site == expected
+        assert document.layers == trace.layers
+        assert document.alive() == [lengths[sample], *trace.counts[:, sample].tolist()]
+        if not merge:
+            assert document.surviving() == document.alive()
+
+
+def test_views_carry_the_columns():
+    trace = random_trace([4, 4], 1)
+    documents = document_views(
+        [words_of(4)] * 2,
+        trace,
+        labels=["a", "b"],
+        predictions=["c", "d"],
+        predictions_unpruned=["e", "f"],
+        confidences=[0.25, None],
+    )
+    assert [(d.label, d.prediction, d.prediction_unpruned, d.confidence) for d in documents] == [
+        ("a", "c", "e", 0.25),
+        ("b", "d", "f", None),
+    ]
+
+
+def test_left_padding_needs_the_mask():
+    trace = random_trace([5], 2)
+    trace.source = trace.source.roll(2, dims=-1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    straight = random_trace([5], 2)
+    assert document_views([words_of(5)], trace, attention_mask=mask) == document_views([words_of(5)], straight)
+    trace.source[:, 0, -1] = 0
+    with pytest.raises(ValueError, match="pass attention_mask"):
+        document_views([words_of(5)], trace)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": [words_of(5)]}, r"trace.counts \(\(2, 2\)\) must be"),
+        ({"tokens": [words_of(5), words_of(40)]}, "document 1 has 40 tokens, but its trace covers 7"),
+        ({"labels": ["one"]}, r"labels \(1 entries\) must have one per document \(2\)"),
+        ({"confidences": [0.5, 1.5]}, r"confidence \(1.5\) must be in \[0, 1\]"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(changes, message):
+    arguments = {"tokens": [words_of(5), words_of(5)], "trace": random_trace([5, 5], 2), **changes}
+    with pytest.raises(ValueError, match=message):
+        document_views(**arguments)
+
+
+def test_a_view_checks_itself():
+    with pytest.raises(ValueError, match=r"last_site \(3\) must be in \[0, 2\]"):
+        view(["a"], [3])
+    with pytest.raises(ValueError, match="one per word"):
+        view(["a", "b"], [1])
+    with pytest.raises(ValueError, match="one per site"):
+        view(["a"], [1], counts=[1])
+
+
+def test_pages_need_documents_of_the_same_sites():
+    with pytest.raises(ValueError, match="at least one"):
+        render_page([], title="t")
+    with pytest.raises(ValueError, match=r"\[0\] is not \[0, 1\]"):
+        render_page([view(["a"], [1]), view(["a"], [1], sites=1)], title="t")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_page_shows_the_counts_of_the_trace(merge):
+    lengths = [30, 12]
+    trace = random_trace(lengths, 3, merge=merge)
+    documents = document_views([words_of(length) for length in lengths], trace)
+    page = Page(render_page(documents, title="t"))
+    for sample, length in enumerate(lengths):
+        alive = [length, *trace.counts[:, sample].tolist()]
+        assert [sentence.split(" tokens")[0] for sentence in page.sentences[sample]] == [
+            f"{n} of {length}" for n in alive
+        ]
+        assert page.alive[sample] == page.sentences[sample][-1]
+        carried = documents[sample].surviving()[-1]
+        assert page.gone[sample].count(False) == carried
+        assert (f"carrying {carried} of the original" in page.alive[sample]) == (carried != alive[-1])
+
+
+def test_hostile_text_is_escaped():
+    text = "".join(HOSTILE)
+    document = view(HOSTILE, [2] * len(HOSTILE), label=text, prediction=text, prediction_unpruned=text + "!")
+    html = render_page([document], title=text, summary=text)
+    page = Page(html)
+    assert page.words == [HOSTILE]
+    assert page.tags.count("script") == 1
+    assert page.tags.count("h1") == page.tags.count("h2") == 1
+    assert not [name for name in page.attributes if name.startswith("on")]
+    assert "<script>alert" not in html
+    assert page.text.count(text) >= 5  # title twice, summary, label, both predictions
+
+
+def test_page_asks_nothing_of_the_network():
+    html = render_page([view(["a"], [1])], title="t")
+    for forbidden in ("http:", "https:", "//", "src=", "href=", "url(", "@import", "eval(", "innerHTML"):
+        assert forbidden not in html
+
+
+@pytest.mark.parametrize(
+    ("words", "texts", "glued"),
+    [
+        (["[CLS]", "prun", "##ing", "!", "##"], ["[CLS]", "prun", "ing", "!", "##"], [0, 0, 1, 1, 0]),
+        (["it", "'", "s", "(", "so", ")"], ["it", "'", "s", "(", "so", ")"], [0, 1, 1, 0, 1, 1]),
+        (
+            ["<s>", "Pr", "uning", "Ġhelps", "Ċ", "</s>"],
+            ["<s>", "Pr", "uning", "helps", "↵", "</s>"],
+            [0, 0, 1, 0, 0, 0],
+        ),
+        (["▁Pr", "uning", "▁", "."], ["Pr", "uning", "␣", "."], [0, 1, 0, 1]),
+    ],
+)
+def test_pieces_join_to_words(words, texts, glued):
+    page = Page(render_page([view(words, [2] * len(words))], title="t"))
+    assert page.words == [texts]
+    assert page.glued == [list(map(bool, glued))]
+
+
+@pytest.mark.parametrize("sites", [0, 12])
+def test_any_number_of_sites(sites):
+    document = view(["a", "b"], [sites, 0], sites=sites)
+    page = Page(render_page([document], title="t"))
+    assert page.gone == [[False, sites > 0]]
+    assert page.tags.count("option") == sites + 1
+
+
+def test_a_long_document_stays_small():
+    trace = random_trace([512], 12)
+    html = render_page(document_views([words_of(512)], trace), title="t")
+    assert len(html.encode()) < 200_000
+
+
+def test_write_page_replaces_and_leaves_no_temporary_file(tmp_path):
+    path = tmp_path / "new" / "page.html"
+    assert write_page(path, "old") == path
+    write_page(str(path), "new 😀")
+    assert path.read_text(encoding="utf-8") == "new 😀"
+    assert os.listdir(path.parent) == ["page.html"]
+
+
+def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
+    path = write_page(tmp_path / "page.html", "old")
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(kept_words.os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        write_page(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+def browse(page: Path, address: str, profile: Path) -> tuple[Page, str]:
+    """The page as chromium has it after its scripts ran, and chromium's log."""
+    quiet = "--disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet.split(), f"--user-data-dir={profile}"]
+        + ["--enable-logging=stderr", "--virtual-time-budget=1000", "--dump-dom", page.as_uri() + address],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=True,
+    )
+    return Page(done.stdout), done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_slider_in_a_browser(tmp_path):
+    lengths = [30, 12]
+    trace = random_trace(lengths, 3)
+    documents = document_views([words_of(length) for length in lengths], trace)
+    html = render_page(documents, title="".join(HOSTILE))
+    move = "slider => { slider.value = 2; slider.dispatchEvent(new Event('input')); }"
+    moved = html.replace("</body>", f"<script>({move})(document.getElementById('site'))</script></body>")
+    visits = [(html, "", 3), (html, "#site=0", 0), (html, "#site=1", 1), (html, "#site=99", 3), (moved, "#site=1", 2)]
+    for number, (content, address, site) in enumerate(visits):
+        path = write_page(tmp_path / f"{number}.html", content)
+        page, log = browse(path, address, tmp_path / "profile")
+        assert "CONSOLE" not in log
+        assert page.current == [site, site]
+        for sample, document in enumerate(documents):
+            alive = document.alive()[site]
+            assert page.alive[sample] == f"{alive} of {lengths[sample]} tokens alive"
+            assert page.gone[sample] == [depth < site for depth in document.last_site]
+            assert page.gone[sample].count(False) == alive
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_browser_log_shows_script_errors(tmp_path):
+    path = write_page(tmp_path / "page.html", "<!doctype html><script>missing()</script>")
+    assert "CONSOLE" in browse(path, "", tmp_path / "profile")[1]
+
+
+def crowded_points() -> list[OperatingPoint]:
+    return [
+        OperatingPoint("unpruned", 4.1, 0.916, 0.894, 0.935),
+        OperatingPoint("top_k 0.7", 2.5, 0.911, 0.889, 0.931),
+        OperatingPoint("evit 0.7", 2.56, 0.9135, 0.891, 0.933),
+        OperatingPoint("power_bert", 2.52, 0.905, 0.881, 0.925),
+        OperatingPoint("tome $r=8$", 2.52, 0.905),
+        OperatingPoint("top_k 0.5", 1.8, 0.896, 0.872, 0.917),
+    ]
+
+
+@pytest.mark.parametrize("points", [crowded_points(), [OperatingPoint("alone", 1e-3, 1.0)]], ids=["crowded", "alone"])
+def test_plot_is_an_image(tmp_path, points):
+    pytest.importorskip("matplotlib")
+    image_module = pytest.importorskip("PIL.Image")
+    path = accuracy_over_macs(points, tmp_path / "plot.png", title="a $title")
+    with image_module.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 400
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
+    assert os.listdir(tmp_path) == ["plot.png"]
+
+
+def test_plot_labels_do_not_overlap():
+    pytest.importorskip("matplotlib")
+    from matplotlib.text import Annotation, Text
+
+    points = crowded_points()
+    figure = plots._draw(points, "t")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    labels = [text for text in axes.texts if isinstance(text, Annotation)]
+    assert sorted(label.get_text() for label in labels) == sorted(point.name for point in points)
+    frame = axes.get_window_extent()
+    boxes = [Text.get_window_extent(label) for label in labels]
+    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    for box in boxes:
+        assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
+        for point in points:
+            assert not box.contains(*axes.transData.transform((point.macs, point.accuracy)))
+
+
+def test_plot_leaves_the_callers_matplotlib_alone(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    before = pyplot.get_fignums()
+    accuracy_over_macs(crowded_points()[:1], tmp_path / "plot.png", title="t")
+    assert pyplot.get_fignums() == before
+
+
+def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"hf_tokenprune\[viz\]"):
+        accuracy_over_macs(crowded_points(), tmp_path / "plot.png", title="t")
+    assert not os.listdir(tmp_path)
+
+
+def test_plot_needs_points(tmp_path):
+    with pytest.raises(ValueError, match="at least one"):
+        accuracy_over_macs([], tmp_path / "plot.png", title="t")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0.0, 0.5), r"macs \(0.0\)"),
+        ((1.0, 91.6), r"accuracy \(91.6\)"),
+        ((1.0, 0.5, 0.4), "given together"),
+        ((1.0, 0.5, 0.6, 0.7), r"interval \(0.6, 0.7\)"),
+    ],
+)
+def test_operating_points_check_themselves(values, message):
+    with pytest.raises(ValueError, match=message):
+        OperatingPoint("name", *values)
