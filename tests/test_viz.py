@@ -23,6 +23,7 @@ from hf_tokenprune.viz import (
     write_page,
 )
 
+
 HOSTILE = ["<script>alert(1)</script>", '"quoted"', "it's", "😀", "</span>", "{{ 7 * 7 }}", "&lt;", "x\" onload='y'"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

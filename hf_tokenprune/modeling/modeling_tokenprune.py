@@ -21,7 +21,7 @@ from .pruning_config import PruningConfig, Site
 from .selection import select, shapes_only
 from .token_attention import AttentionKernel, attend, first_token_scores, maps_at_positions, received_scores
 from .token_outputs import EncoderCall, LayerWork
-from .token_state import Selection, TokenState, start_state
+from .token_state import TokenState, start_state
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class TokenPruneLayer:
     ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
         """hidden [.., D], laid out as `state.layout` -> the same after the layer, the new state, and the attention map
         [B, H, N, N] if the kernel gives weights and positions are followed."""
-        kernel = AttentionKernel(config, self.attention_module, self.eager_attention, self.scaling, self.attention_dropout)
+        kernel = AttentionKernel(
+            config, self.attention_module, self.eager_attention, self.scaling, self.attention_dropout
+        )
         source = self.attention_input(hidden)
         key, value = self.key(source), self.value(source)
         query = None
@@ -212,8 +214,8 @@ class TokenPruneModel:
             return None
         if token_ids is None:
             raise ValueError(
-                f"protected_token_ids ({list(pruning.protected_token_ids)}) need input_ids to be found in; prune without "
-                "protected ids, or give input_ids"
+                f"protected_token_ids ({list(pruning.protected_token_ids)}) need input_ids to be found in; give those, or "
+                "prune without protected ids"
             )
         return torch.isin(token_ids, torch.tensor(pruning.protected_token_ids, device=device))
 
@@ -292,9 +294,7 @@ def _token_mask(mask: torch.Tensor | None, batch: int, length: int, device: torc
     return mask if shapes_only() or not mask.all() else None
 
 
-def _deposit(
-    hidden: torch.Tensor, before: TokenState, after: TokenState, bank: torch.Tensor | None
-) -> torch.Tensor:
+def _deposit(hidden: torch.Tensor, before: TokenState, after: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
     """Keeps the states of the tokens that a site drops: [B, N, D], zeros where no token was ever dropped."""
     full = before.layout.gather(hidden, before.carrier)
     bank = torch.zeros_like(full) if bank is None else bank

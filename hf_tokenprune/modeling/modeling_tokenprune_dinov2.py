@@ -191,5 +191,8 @@ class TokenPruneDinov2ForImageClassification(TokenPruneHead, Dinov2ForImageClass
 register_family(
     config=TokenPruneDinov2Config,
     natives={Dinov2Model: TokenPruneDinov2Model, Dinov2ForImageClassification: TokenPruneDinov2ForImageClassification},
-    auto={"AutoModel": TokenPruneDinov2Model, "AutoModelForImageClassification": TokenPruneDinov2ForImageClassification},
+    auto={
+        "AutoModel": TokenPruneDinov2Model,
+        "AutoModelForImageClassification": TokenPruneDinov2ForImageClassification,
+    },
 )

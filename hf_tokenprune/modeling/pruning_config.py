@@ -1,9 +1,9 @@
 """What to prune, and where: a strict, immutable description that survives a JSON round trip.
 
-A `PruningConfig` is a list of `PruningStage`s. A stage names the layers it works at, what it scores (`saliency`), how it
-decides (`rule`, one value per layer), what becomes of the tokens that do not stay (`reduction`) and where in the layer
-that happens (`place`). A preset is a function that returns stages. Everything is resolved here, once: the model only
-ever reads `PruningConfig.sites`.
+A `PruningConfig` is a list of `PruningStage`s. A stage names the layers it works at, what it scores (`saliency`), how
+it decides (`rule`, one value per layer), what becomes of the tokens that do not stay (`reduction`) and where in the
+layer that happens (`place`). A preset is a function that returns stages. Everything is resolved here, once: the model
+only ever reads `PruningConfig.sites`.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -88,6 +89,12 @@ class Rule:
     check: Callable[[str, Any], Any]
     falling: bool
 
+    def check_order(self, name: str, values: Sequence[float]) -> None:
+        if self.falling and any(late > early for early, late in pairwise(values)):
+            raise ValueError(
+                f"{name} ({list(values)}) must not rise from layer to layer: a dropped token stays dropped"
+            )
+
 
 RULES = MappingProxyType(
     {
@@ -138,7 +145,7 @@ class PruningStage:
         layers = tuple(_integer("layer", layer, 0) for layer in _sequence("layers", self.layers))
         if not layers:
             raise ValueError("layers ([]) must name at least one layer")
-        if any(late <= early for early, late in zip(layers, layers[1:])):
+        if any(late <= early for early, late in pairwise(layers)):
             raise ValueError(f"layers ({list(layers)}) must rise, each named once")
         _choice("saliency", self.saliency, SALIENCIES)
         _choice("reduction", self.reduction, REDUCTIONS)
@@ -146,9 +153,10 @@ class PruningStage:
         rule = RULES[_choice("rule", self.rule, tuple(RULES))]
         values = tuple(rule.check(self.rule, value) for value in _sequence("values", self.values))
         if len(values) != len(layers):
-            raise ValueError(f"values ({list(values)}) must be one per layer, and layers ({list(layers)}) are {len(layers)}")
-        if rule.falling and any(late > early for early, late in zip(values, values[1:])):
-            raise ValueError(f"{self.rule} ({list(values)}) must not rise from layer to layer: a dropped token stays dropped")
+            raise ValueError(
+                f"values ({list(values)}) must be one per layer, and layers ({list(layers)}) are {len(layers)}"
+            )
+        rule.check_order(self.rule, values)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "values", values)
 
@@ -173,7 +181,7 @@ def _top_k(*, layers: Sequence[int], keep_rate: float = 0.7) -> list[PruningStag
 def _adaptive(
     *, layers: Sequence[int], threshold: float | Sequence[float] = 0.3, saliency: str = "cls_attention"
 ) -> list[PruningStage]:
-    """Keep what scores at least `threshold` times the average token of its own sample: long or dull inputs lose more."""
+    """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more."""
     layers = _sequence("layers", layers)
     values = [threshold] * len(layers) if isinstance(threshold, (int, float)) else _sequence("threshold", threshold)
     values = [_check_threshold("threshold", value) for value in values]
@@ -221,7 +229,9 @@ class PruningConfig:
     def __post_init__(self) -> None:
         stages = tuple(_stage(stage) for stage in _sequence("stages", self.stages))
         _choice("execution", self.execution, EXECUTIONS)
-        ids = sorted({_integer("protected_token_ids", i, 0) for i in _sequence("protected_token_ids", self.protected_token_ids)})
+        ids = sorted(
+            {_integer("protected_token_ids", i, 0) for i in _sequence("protected_token_ids", self.protected_token_ids)}
+        )
         _integer("min_tokens", self.min_tokens, 1)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "protected_token_ids", tuple(ids))
@@ -238,8 +248,7 @@ class PruningConfig:
                 key=lambda site: site.layer,
             )
             values = [site.value for site in sites]
-            if rule.falling and any(late > early for early, late in zip(values, values[1:])):
-                raise ValueError(f"{rule_name} ({values}) must not rise from layer to layer: a dropped token stays dropped")
+            rule.check_order(rule_name, values)
 
     @classmethod
     def preset(cls, name: str, **hyperparameters: Any) -> "PruningConfig":

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_state import Layout, MaskedRows, PackedRows, PaddedRows
+from .token_state import Layout, MaskedRows, PackedRows
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,7 @@ def first_token_scores(
     return scores
 
 
-def received_scores(
-    query: torch.Tensor, key: torch.Tensor, rows: Layout, scaling: float, heads: int
-) -> torch.Tensor:
+def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scaling: float, heads: int) -> torch.Tensor:
     """The attention each alive row receives from the alive rows of its sample, mean over heads and rows, in float32.
 
     Args:
@@ -218,7 +216,12 @@ def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def maps_at_positions(
-    maps: list[torch.Tensor], queries: Layout, keys: Layout, query_positions: torch.Tensor, key_positions: torch.Tensor, length: int
+    maps: list[torch.Tensor],
+    queries: Layout,
+    keys: Layout,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    length: int,
 ) -> torch.Tensor:
     """A layer's weights at the original positions, zero where a token was gone: [B, H, N, N].
 

@@ -3,6 +3,7 @@
 from .kept_words import DocumentView, document_views, render_page, write_page
 from .plots import OperatingPoint, accuracy_over_macs
 
+
 __all__ = [
     "DocumentView",
     "OperatingPoint",

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from jinja2 import Environment, StrictUndefined
 
+
 if TYPE_CHECKING:
     from torch import Tensor
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .kept_words import write_atomically
 
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure

@@ -1,0 +1,135 @@
+"""Tiny native models of every family and head, and inputs for them: the case table of the suite."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from hf_tokenprune.families import supported_natives
+
+
+LAYERS = 4
+VOCABULARY = 50
+EXECUTIONS = ("packed", "padded", "masked")
+
+BERT = BertConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=64,
+    num_labels=3,
+)
+VIT = ViTConfig(
+    image_size=24,
+    patch_size=4,
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    intermediate_size=64,
+    num_labels=3,
+)
+DINOV2 = Dinov2Config(
+    image_size=24,
+    patch_size=4,
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    mlp_ratio=2,
+    num_labels=3,
+    layerscale_value=0.7,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A native class with a tiny config."""
+
+    native: type[PreTrainedModel]
+    config: object
+
+    @property
+    def text(self) -> bool:
+        return self.config is BERT
+
+    def __str__(self) -> str:
+        return self.native.__name__
+
+
+def _cases(*pairs: tuple[type[PreTrainedModel], object]) -> list:
+    known = supported_natives()
+    reason = f"needs a later transformers than {transformers.__version__}"
+    return [
+        pytest.param(
+            Case(*pair), id=pair[0].__name__, marks=pytest.mark.skipif(pair[0].__name__ not in known, reason=reason)
+        )
+        for pair in pairs
+    ]
+
+
+BASES = _cases((BertModel, BERT), (ViTModel, VIT), (Dinov2Model, DINOV2))
+HEADS = _cases(
+    (BertForSequenceClassification, BERT),
+    (BertForTokenClassification, BERT),
+    (ViTForImageClassification, VIT),
+    (Dinov2ForImageClassification, DINOV2),
+)
+ALL = BASES + HEADS
+
+
+def build(case: Case, *, seed: int = 0, attention: str = "sdpa", spread: float = 0.5) -> PreTrainedModel:
+    """A tiny native model in eval mode.
+
+    Args:
+        spread: standard deviation of the matrices: wide enough for scores that differ clearly.
+    """
+    torch.manual_seed(seed)
+    model = case.native._from_config(case.config, attn_implementation=attention).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=spread / parameter[0].numel() ** 0.5 * 2, generator=generator)
+    return model
+
+
+def text_inputs(lengths: list[int], *, seed: int = 0, padding: int = 0, pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """Token ids (1 .. VOCABULARY - 1) of the given lengths, padded on the right to the longest plus `padding`."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths) + padding
+    ids = torch.full((len(lengths), width), pad_id)
+    mask = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(1, VOCABULARY, (length,), generator=generator)
+        mask[row, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def image_inputs(batch: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(batch, 3, 24, 24, generator=generator)}
+
+
+def inputs_for(case: Case, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A ragged batch of text, or a batch of images."""
+    return text_inputs([17, 5, 30, 1], seed=seed, padding=2) if case.text else image_inputs(3, seed=seed)
+
+
+def main_output(outputs: object) -> torch.Tensor:
+    """The logits of a head, the sequence of a base model."""
+    return outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
