@@ -214,8 +214,8 @@ class TokenPruneModel:
             return None
         if token_ids is None:
             raise ValueError(
-                f"protected_token_ids ({list(pruning.protected_token_ids)}) need input_ids to be found in; give those, or "
-                "prune without protected ids"
+                f"protected_token_ids ({list(pruning.protected_token_ids)}) need input_ids to be found in; give those, "
+                "or prune without protected ids"
             )
         return torch.isin(token_ids, torch.tensor(pruning.protected_token_ids, device=device))
 
@@ -235,14 +235,13 @@ class TokenPruneModel:
         Returns:
             The model's output.
         """
-        first_token_only = not call.whole_sequence and self._execution() != "masked"
         bank = None
         hidden_states, attentions = [], []
         call.start = state
         for index, layer in enumerate(layers):
             if call.hidden_states:
                 hidden_states.append(_restore(hidden, state, bank))
-            plan = self._plan(index, first_token_only and index == len(layers) - 1, call)
+            plan = self._plan(index, not call.whole_sequence and index == len(layers) - 1, call)
             before, before_state = hidden, state
             hidden, state, attention_map = layer(hidden, state, plan, self.config)
             if plan.site is not None and state.carrier is not None:

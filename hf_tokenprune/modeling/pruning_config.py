@@ -179,7 +179,7 @@ def _top_k(*, layers: Sequence[int], keep_rate: float = 0.7) -> list[PruningStag
 
 
 def _adaptive(
-    *, layers: Sequence[int], threshold: float | Sequence[float] = 0.3, saliency: str = "cls_attention"
+    *, layers: Sequence[int], threshold: float | Sequence[float] = 0.05, saliency: str = "cls_attention"
 ) -> list[PruningStage]:
     """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more."""
     layers = _sequence("layers", layers)

@@ -197,6 +197,9 @@ class MaskedRows:
         """Each sample's first token as `[B, 1, ...]`."""
         return self.gather(x, PaddedRows(self.alive, self.full).first_row)
 
+    def only_first(self) -> PaddedRows:
+        return PaddedRows(self.alive, self.full).only_first()
+
 
 Layout = PackedRows | PaddedRows | MaskedRows
 

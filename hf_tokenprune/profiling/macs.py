@@ -4,7 +4,7 @@ The counts come from the token states of a real call, so adaptive methods are co
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,32 +49,45 @@ def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
     Raises:
         TypeError: a model of an unsupported family.
     """
-    config = prune(model, None).config
-    unpruned_work = _run(prune(model, None), inputs)
-    stock = _macs([_stock_layer(work) for work in unpruned_work], config)
-    if type(model) in native_to_pruned():
-        macs = stock
-    else:
-        macs = _macs(_run(prune(model, model.config.pruning), inputs), config)
+    native = type(model) in native_to_pruned()
+    ours = prune(model, None if native else model.config.pruning)
+    call = EncoderCall(work=True)
+    with torch.no_grad():
+        ours(**inputs, encoder_call=call)
+    count = count_call(call, ours.config)
+    if not native:
+        return count
+    stock = _macs(_unpruned_work(call, lossless=False), ours.config)
+    return replace(
+        count, total=count.unpruned, per_layer=stock.sum(dim=1).tolist(), per_sample=stock.sum(dim=0).tolist()
+    )
+
+
+def count_call(call: EncoderCall, config: Any) -> MacCount:
+    """Counts what one call cost that was made with `encoder_call=EncoderCall(work=True)`.
+
+    Args:
+        config: the called model's config.
+    """
+    macs = _macs(call.layer_work, config)
     return MacCount(
         total=int(macs.sum()),
-        lossless=int(_macs(unpruned_work, config).sum()),
-        unpruned=int(stock.sum()),
+        lossless=int(_macs(_unpruned_work(call, lossless=True), config).sum()),
+        unpruned=int(_macs(_unpruned_work(call, lossless=False), config).sum()),
         per_layer=macs.sum(dim=1).tolist(),
         per_sample=macs.sum(dim=0).tolist(),
     )
 
 
-def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[LayerWork]:
-    call = EncoderCall(work=True)
-    with torch.no_grad():
-        model(**inputs, encoder_call=call)
-    return call.layer_work
-
-
-def _stock_layer(work: LayerWork) -> LayerWork:
-    """What the stock layer does for the same tokens."""
-    return LayerWork(keys=work.keys, queries=work.keys, feed_forward=work.keys, saliency=None)
+def _unpruned_work(call: EncoderCall, *, lossless: bool) -> list[LayerWork]:
+    """The layers' work on the same tokens with nothing pruned: by our engine (lossless) or by the stock encoder."""
+    tokens = call.layer_work[0].keys
+    whole = LayerWork(keys=tokens, queries=tokens, feed_forward=tokens, saliency=None)
+    last = whole
+    if lossless and not call.whole_sequence:
+        one = torch.ones_like(tokens)
+        last = replace(whole, queries=one, feed_forward=one)
+    return [whole] * (len(call.layer_work) - 1) + [last]
 
 
 def _macs(layer_work: list[LayerWork], config: Any) -> torch.Tensor:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
-from uuid import uuid4
 
 from jinja2 import Environment, StrictUndefined
+
+from ..files import write_atomically
 
 
 if TYPE_CHECKING:
@@ -263,18 +264,3 @@ def render_page(documents: Sequence[DocumentView], *, title: str, summary: str =
 def write_page(path: str | os.PathLike[str], html: str) -> Path:
     """Write the page so that a reader sees the old file or the whole new one, never a part."""
     return write_atomically(path, html.encode("utf-8", errors="replace"))
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Replace `path` in one step; the folder is made if it is missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because os.replace is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .kept_words import write_atomically
+from ..files import write_atomically
 
 
 if TYPE_CHECKING:
