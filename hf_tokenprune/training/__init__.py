@@ -1,0 +1,1 @@
+"""Fine-tuning: data, and what the stock `Trainer` needs around a pruned model."""

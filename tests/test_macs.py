@@ -1,0 +1,169 @@
+"""`count_macs` against what torch counts in a real call, and against closed formulas."""
+
+import re
+
+import pytest
+import torch
+from tiny import ALL, BASES, BERT, LAYERS, VIT, Case, build, image_inputs, inputs_for, text_inputs
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertForSequenceClassification, BertModel, PreTrainedModel, ViTForImageClassification
+
+from hf_tokenprune import PruningConfig, PruningStage, count_macs, prune
+
+
+WIDTH, INNER = 32, 64  # of every tiny model
+A_LAYER = re.compile(r"\.layers?\.\d+$")
+
+CASE = pytest.mark.parametrize("case", ALL)
+
+
+def _counted_macs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[int]:
+    """What torch counts inside each encoder layer; embeddings, poolers and classifiers lie outside."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    layers = {name: flops for name, flops in counter.get_flop_counts().items() if A_LAYER.search(name)}
+    assert len(layers) == LAYERS
+    return [sum(layers[name].values()) // 2 for name in sorted(layers)]
+
+
+def _stock(tokens: int, queries: int | None = None) -> int:
+    """One stock layer on one sample: key and value, query and output, two products with the map, feed-forward."""
+    queries = tokens if queries is None else queries
+    projections = 2 * tokens * WIDTH**2 + 2 * queries * WIDTH**2
+    return projections + 2 * queries * tokens * WIDTH + 2 * queries * WIDTH * INNER
+
+
+def _lengths(inputs: dict[str, torch.Tensor]) -> list[int]:
+    return inputs["attention_mask"].sum(dim=1).tolist() if "attention_mask" in inputs else [37, 37, 37]
+
+
+METHODS = {
+    "nothing": PruningConfig(),
+    "top_k": PruningConfig.preset("top_k", layers=[0, 2], keep_rate=0.6),
+    "top_k_last": PruningConfig.preset("top_k", layers=[1, LAYERS - 1], keep_rate=0.5),
+    "adaptive": PruningConfig.preset("adaptive", layers=[1, 2], threshold=0.7),
+    "received": PruningConfig.preset("adaptive", layers=[1, 3], threshold=0.9, saliency="received_attention"),
+    "sites_that_drop_nothing": PruningConfig.preset("top_k", layers=[0, 1, 2, 3], keep_rate=1.0),
+}
+
+
+@CASE
+@pytest.mark.parametrize("method", METHODS)
+def test_total_is_what_torch_counts(case, method):
+    """Sample by sample: a score over a full map of a ragged batch may be padded, and MACs are of unpadded tokens."""
+    model = prune(build(case, attention="eager"), METHODS[method])
+    inputs = inputs_for(case)
+    for row, length in enumerate(_lengths(inputs)):
+        one = {
+            name: value[row : row + 1, :length] if case.text else value[row : row + 1] for name, value in inputs.items()
+        }
+        macs = count_macs(model, one)
+        counted = _counted_macs(model, one)
+        assert macs.per_layer == pytest.approx(counted, rel=0.01)
+        assert macs.total == pytest.approx(sum(counted), rel=0.01)
+
+
+@CASE
+@pytest.mark.parametrize("method", ["nothing", "top_k", "adaptive"])
+def test_total_of_a_batch_is_what_torch_counts(case, method):
+    model, inputs = prune(build(case, attention="eager"), METHODS[method]), inputs_for(case)
+    assert count_macs(model, inputs).total == pytest.approx(sum(_counted_macs(model, inputs)), rel=0.01)
+
+
+@CASE
+def test_unpruned_is_what_torch_counts_in_the_stock_model(case):
+    native, inputs = build(case, attention="eager"), inputs_for(case)
+    length = _lengths(inputs)[0]
+    one = {name: value[:1, :length] if case.text else value[:1] for name, value in inputs.items()}
+    counted = _counted_macs(native, one)
+    macs = count_macs(native, one)
+    assert macs.per_layer == counted
+    assert macs.total == macs.unpruned == sum(counted)
+    assert macs.ratio == 1
+
+
+@CASE
+def test_unpruned_is_the_closed_formula(case):
+    native, inputs = build(case), inputs_for(case)
+    expected = [LAYERS * _stock(length) for length in _lengths(inputs)]
+    for model in (native, prune(native, None), prune(native, METHODS["top_k"])):
+        assert count_macs(model, inputs).unpruned == sum(expected)
+    assert count_macs(native, inputs).per_sample == expected
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_nothing_pruned_costs_what_the_stock_layers_cost(case):
+    macs = count_macs(prune(build(case), None), inputs_for(case))
+    assert macs.total == macs.lossless == macs.unpruned
+    assert macs.ratio == 1
+
+
+@pytest.mark.parametrize(
+    "case", [Case(BertForSequenceClassification, BERT), Case(ViTForImageClassification, VIT)], ids=str
+)
+def test_lossless_is_credited_with_the_last_layer(case):
+    inputs = inputs_for(case)
+    expected = sum((LAYERS - 1) * _stock(length) + _stock(length, queries=1) for length in _lengths(inputs))
+    for pruning in (None, METHODS["top_k"]):
+        macs = count_macs(prune(build(case), pruning), inputs)
+        assert macs.lossless == expected < macs.unpruned
+    assert count_macs(prune(build(case), None), inputs).total == expected
+
+
+@CASE
+@pytest.mark.parametrize("method", METHODS)
+def test_the_shares_sum_to_the_total(case, method):
+    model, inputs = prune(build(case), METHODS[method]), inputs_for(case)
+    macs = count_macs(model, inputs)
+    assert type(macs.total) is int
+    assert len(macs.per_layer) == LAYERS
+    assert sum(macs.per_layer) == sum(macs.per_sample) == macs.total
+    assert macs.ratio == macs.total / macs.unpruned
+
+
+@pytest.mark.parametrize("execution", ["auto", "packed", "padded", "masked"])
+def test_padding_and_execution_do_not_count(execution):
+    pruning = PruningConfig.preset("adaptive", layers=[0, 2], threshold=0.8, execution=execution)
+    model = prune(build(Case(BertModel, BERT)), pruning)
+    whole = count_macs(model, text_inputs([17, 5, 30], padding=9))
+    model.set_pruning(PruningConfig.preset("adaptive", layers=[0, 2], threshold=0.8))
+    assert count_macs(model, text_inputs([17, 5, 30])) == whole
+
+
+def test_adaptive_counts_are_of_this_very_input():
+    case = Case(BertModel, BERT)
+    pruning = PruningConfig.preset("adaptive", layers=[0], threshold=1.0)
+    model = prune(build(case), pruning)
+    totals = set()
+    for seed in range(4):
+        inputs = text_inputs([20], seed=seed)
+        with torch.no_grad():
+            kept = model(**inputs, output_token_trace=True).token_trace.counts.item()
+        site = 2 * 20 * WIDTH**2 + 2 * kept * (WIDTH**2 + 20 * WIDTH + WIDTH * INNER)
+        score = WIDTH**2 + 20 * WIDTH  # the class token's query, and its row of products
+        macs = count_macs(model, inputs)
+        assert macs.per_layer == [site + score] + [_stock(kept)] * (LAYERS - 1)
+        totals.add(macs.total)
+    assert len(totals) > 1
+
+
+def test_a_full_map_is_paid_for():
+    stage = PruningStage([1], "received_attention", "keep_rate", [0.5])
+    macs = count_macs(prune(build(Case(BertModel, BERT)), PruningConfig(stages=(stage,))), text_inputs([21]))
+    kept = 11
+    site = 3 * 21 * WIDTH**2 + kept * WIDTH**2 + 2 * kept * (21 * WIDTH + WIDTH * INNER)
+    assert macs.per_layer == [_stock(21), site + 21 * 21 * WIDTH, _stock(kept), _stock(kept)]
+
+
+def test_counting_changes_nothing():
+    model = prune(build(Case(BertModel, BERT)), METHODS["top_k"])
+    before = model.config.to_dict()
+    count_macs(model, text_inputs([9, 4]))
+    assert model.config.to_dict() == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_unsupported_model_is_refused():
+    with pytest.raises(TypeError, match=r"Linear.*BertModel"):
+        count_macs(nn.Linear(2, 2), image_inputs(1))
