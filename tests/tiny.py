@@ -1,5 +1,6 @@
 """Tiny native models of every family and head, and inputs for them: the case table of the suite."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -99,7 +100,8 @@ def build(case: Case, *, seed: int = 0, attention: str = "sdpa", spread: float =
         spread: standard deviation of the matrices: wide enough for scores that differ clearly.
     """
     torch.manual_seed(seed)
-    model = case.native._from_config(case.config, attn_implementation=attention).eval()
+    config = copy.deepcopy(case.config)  # tests change what they build
+    model = case.native._from_config(config, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,20 +15,22 @@ class TokenPruneConfigMixin:
     """
 
     family_auto_map: dict[str, str] = {}
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.check_pruning()
+    must_be_false: tuple[str, ...] = ()
 
     def __setattr__(self, key: str, value: Any) -> None:
-        if key == "pruning":
-            value = PruningConfig.coerce(value, getattr(self, "num_hidden_layers", None))
-        super().__setattr__(key, value)
+        """Checks on assignment, because `from_pretrained(..., name=value)` assigns to a finished config.
 
-    def check_pruning(self) -> None:
-        """Raises a ValueError if this model cannot be pruned so."""
-        if self.pruning is not None:
-            self.pruning.check_layers(self.num_hidden_layers)
+        Raises:
+            ValueError: quoting the value and the rule it breaks; the old value stays.
+        """
+        if key in self.must_be_false and value:
+            raise ValueError(f"{key} ({value!r}) must be False: token pruning needs a bidirectional encoder")
+        if key == "pruning":
+            value = PruningConfig.coerce(value, self.num_hidden_layers)
+            _check_layers(value, self.num_hidden_layers)
+        elif key == "num_hidden_layers":
+            _check_layers(self.pruning, value)
+        super().__setattr__(key, value)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -43,3 +45,8 @@ class TokenPruneConfigMixin:
         for name in ("model_type", "transformers_version", "architectures", "auto_map", "pruning"):
             values.pop(name, None)
         return cls(**values, pruning=pruning, attn_implementation=native._attn_implementation)
+
+
+def _check_layers(pruning: PruningConfig | None, num_layers: int) -> None:
+    if pruning is not None:
+        pruning.check_layers(num_layers)

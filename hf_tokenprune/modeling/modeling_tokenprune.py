@@ -130,7 +130,27 @@ class TokenPruneLayer:
         )
 
 
-class TokenPruneModel:
+class Prunable:
+    """What base models and heads have in common for their user."""
+
+    def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
+        """Switches the pruning from now on. None is the exact unpruned model.
+
+        Raises:
+            ValueError: quoting the value and the rule it breaks; the old pruning stays.
+        """
+        self.config.pruning = pruning
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """Saves under the current parameter names, which stock models load as well as the old ones.
+
+        `Trainer` puts a checkpoint back with `load_state_dict`, which knows no old names: saved with those, resuming
+        and `load_best_model_at_end` would restore nothing.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class TokenPruneModel(Prunable):
     """The way through the layers, for base models. Goes before the native base model class.
 
     The family's forward embeds the tokens between `begin` and `encode`.
@@ -155,14 +175,6 @@ class TokenPruneModel:
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
         """The `pooler_output` from each sample's first token, normalised, [B, 1, D]."""
         raise NotImplementedError
-
-    def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
-        """Switches the pruning from now on. None is the exact unpruned model.
-
-        Raises:
-            ValueError: quoting the value and the rule it breaks; the old pruning stays.
-        """
-        set_config_pruning(self.config, pruning)
 
     def begin(self, call: EncoderCall | None, trace: bool | None, restore: bool, kwargs: dict[str, Any]) -> EncoderCall:
         """The call's wishes in one place: arguments first, then the config, as native models have it.
@@ -314,10 +326,11 @@ def _collect(call: EncoderCall, index: int, plan: LayerPlan, before: TokenState,
     if call.work:
         queries = before if plan.all_queries else after
         saliency = None if plan.site is None else plan.site.saliency
-        call.layer_work.append(LayerWork(before.counts, queries.counts, after.counts, saliency))
+        separate = saliency == "cls_attention" and not plan.all_queries
+        call.layer_work.append(LayerWork(before.counts, queries.counts, after.counts, saliency, separate))
 
 
-class TokenPruneHead:
+class TokenPruneHead(Prunable):
     """A task head over a `TokenPruneModel`. Goes before the native head class.
 
     Modifications:
@@ -331,14 +344,6 @@ class TokenPruneHead:
 
     output_class: type
     reads_first_token_only = False
-
-    def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
-        """Switches the pruning from now on. None is the exact unpruned model.
-
-        Raises:
-            ValueError: quoting the value and the rule it breaks; the old pruning stays.
-        """
-        set_config_pruning(self.config, pruning)
 
     def run_head(self, native_forward: Callable, output_token_trace: bool | None, **inputs: Any) -> Any:
         """The native head's forward over our base model, its output with the trace."""
@@ -360,17 +365,6 @@ def require_transformers(minimum: str, what: str) -> None:
     """Raises an ImportError below the release that a family needs."""
     if version.parse(transformers.__version__) < version.parse(minimum):
         raise ImportError(f"{what} needs transformers >= {minimum}; this is {transformers.__version__}")
-
-
-def set_config_pruning(config: Any, pruning: PruningConfig | dict | str | None) -> None:
-    """Sets `config.pruning` if the model can be pruned so, else leaves it and raises."""
-    before = config.pruning
-    config.pruning = pruning
-    try:
-        config.check_pruning()
-    except ValueError:
-        config.pruning = before
-        raise
 
 
 def register_family(*, config: type, natives: dict[type, type], auto: dict[str, type]) -> None:

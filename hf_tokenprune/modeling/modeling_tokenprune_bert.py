@@ -39,13 +39,8 @@ class TokenPruneBertConfig(TokenPruneConfigMixin, BertConfig):
 
     model_type = "tokenprune_bert"
     keys_to_ignore_at_inference = ["past_key_values", *EXTRA_FIELDS]
+    must_be_false = ("is_decoder", "add_cross_attention")
     pruning: Any = None
-
-    def check_pruning(self) -> None:
-        for name in ("is_decoder", "add_cross_attention"):
-            if getattr(self, name):
-                raise ValueError(f"{name} (True) must be False: token pruning needs a bidirectional encoder")
-        super().check_pruning()
 
     @property
     def attention_width(self) -> int:

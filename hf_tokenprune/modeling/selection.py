@@ -12,6 +12,10 @@ from .pruning_config import PruningConfig, Site, keep_count
 from .token_state import Selection, TokenState
 
 
+# Steps of a millionth: ten times the rounding error of a float32 softmax, a thousandth of the usual gap between scores.
+_GRID = 2.0**20
+
+
 def shapes_only() -> bool:
     """Whether sizes must follow from shapes alone: under compile, export and tracing."""
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
@@ -23,13 +27,19 @@ def select(scores: torch.Tensor, state: TokenState, site: Site, config: PruningC
     Args:
         scores: float32 [B, K], one per row; dead rows are ignored.
     """
-    ranks = _ranks(scores, state)
+    relative = _relative(scores, state)
+    ranks = _ranks(relative, state)
     if site.rule == "keep_rate":
         keep = ranks < _budgets(state, site.value, config.min_tokens)[:, None]
         return _selection(keep, state, *_bound(state, site.value, config.min_tokens))
-    relative = scores * state.counts[:, None]
     keep = (relative >= site.value) | state.protected | (ranks < config.min_tokens)
     return _selection(keep & state.alive, state, state.layout.rows if shapes_only() else None)
+
+
+def _relative(scores: torch.Tensor, state: TokenState) -> torch.Tensor:
+    """Length-invariant scores: 1 is the average token's share. Scores closer than rounding errors become equal, so that
+    ties are ties and uniform attention scores 1 at every length."""  # [B, K]
+    return (scores * state.counts[:, None] * _GRID).round() / _GRID
 
 
 def _ranks(scores: torch.Tensor, state: TokenState) -> torch.Tensor:

@@ -7,6 +7,7 @@ Shapes: B samples, K rows, T alive tokens of the batch, H heads, d features of a
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,14 +183,15 @@ def first_token_scores(
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
     query = query.reshape(-1, heads, 1, query.shape[-1] // heads).float() * scaling  # [B, H, 1, d]
-    if not isinstance(keys, PackedRows):
-        logits = query @ _heads(keys.spread(key), heads).mT.float()  # [B, H, 1, K]
-        return logits.squeeze(2).masked_fill(~keys.alive[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
-    scores = query.new_zeros(len(keys.lengths), keys.rows)
-    for run in keys.runs(keys):
-        run_key = _heads(key[0, run.keys].unflatten(0, (run.count, -1)), heads).float()  # [b, H, n, d]
-        row = (query[run.samples] @ run_key.mT).squeeze(2).softmax(dim=-1).mean(dim=1)
-        scores[run.samples, : row.shape[1]] = row
+    with _without_autocast(key):
+        if not isinstance(keys, PackedRows):
+            logits = query @ _heads(keys.spread(key), heads).mT.float()  # [B, H, 1, K]
+            return logits.squeeze(2).masked_fill(~keys.alive[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+        scores = query.new_zeros(len(keys.lengths), keys.rows)
+        for run in keys.runs(keys):
+            run_key = _heads(key[0, run.keys].unflatten(0, (run.count, -1)), heads).float()  # [b, H, n, d]
+            row = (query[run.samples] @ run_key.mT).squeeze(2).softmax(dim=-1).mean(dim=1)
+            scores[run.samples, : row.shape[1]] = row
     return scores
 
 
@@ -204,10 +206,17 @@ def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scalin
     """
     alive = rows.alive
     query, key = (_heads(rows.spread(x), heads).float() for x in (query, key))  # [B, H, K, d]
-    logits = (query * scaling) @ key.mT  # [B, H, K, K]
+    with _without_autocast(query):
+        logits = (query * scaling) @ key.mT  # [B, H, K, K]
     weights = logits.masked_fill(~alive[:, None, None], -torch.inf).softmax(dim=-1)
     weights = weights.mean(dim=1).masked_fill(~alive[:, :, None], 0.0)
     return weights.sum(dim=1) / alive.sum(dim=1, keepdim=True)
+
+
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Autocast would take float32 scores down to half precision again."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:

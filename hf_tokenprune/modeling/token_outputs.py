@@ -75,12 +75,14 @@ class LayerWork:
     """How many tokens of each sample one layer computed what for; all long [B].
 
     saliency: what was scored there, None without a site.
+    separate_query: whether the class token's query was computed once more for its score.
     """
 
     keys: torch.Tensor
     queries: torch.Tensor
     feed_forward: torch.Tensor
     saliency: str | None
+    separate_query: bool = False
 
 
 @dataclass

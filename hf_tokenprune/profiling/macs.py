@@ -50,7 +50,7 @@ def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
         TypeError: a model of an unsupported family.
     """
     native = type(model) in native_to_pruned()
-    ours = prune(model, None if native else model.config.pruning)
+    ours = prune(model, getattr(getattr(model, "config", None), "pruning", None))
     call = EncoderCall(work=True)
     with torch.no_grad():
         ours(**inputs, encoder_call=call)
@@ -107,9 +107,8 @@ def _layer_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
 
 def _score_macs(work: LayerWork, hidden: int, width: int) -> torch.Tensor | int:
     keys, queries = work.keys, work.queries
-    all_asked = queries == keys
-    if work.saliency == "cls_attention":  # one more query, unless all are there, and one row of logits
-        return keys * width + torch.where(all_asked, 0, hidden * width)
+    if work.saliency == "cls_attention":  # one row of logits
+        return keys * width + work.separate_query * hidden * width
     if work.saliency == "received_attention":  # the dropped tokens' queries, and the map
         return (keys - queries) * hidden * width + keys * keys * width
     return 0
