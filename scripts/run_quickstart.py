@@ -198,6 +198,8 @@ class Quickstart:
             logging_steps=10,
             save_strategy="no",
             report_to=[],
+            disable_tqdm=False,
+            dataloader_pin_memory=torch.accelerator.is_available(),
             seed=self.arguments.seed,
         )
 

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, PreTrainedModel, ViTForI
 from hf_tokenprune import PruningConfig, prune
 
 
-GOLDENS = Path(os.environ.get("HF_TOKENPRUNE_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
+GOLDENS = Path(os.environ.get("HF_TOKENPRUNE_GOLDENS", Path(__file__).with_name("goldens")))
 NATIVES = {"bert": BertForSequenceClassification, "vit": ViTForImageClassification}
 
 EXECUTION = pytest.mark.parametrize("execution", EXECUTIONS)

@@ -233,9 +233,15 @@ class TokenPruneModel(Prunable):
 
     def _execution(self) -> str:
         execution = "auto" if self.config.pruning is None else self.config.pruning.execution
-        if execution != "auto":
-            return execution
-        return "padded" if self.training or shapes_only() else "packed"
+        # Stochastic depth draws once per sample, and a packed batch is one row.
+        drop_path = getattr(self.config, "drop_path_rate", 0.0) if self.training else 0.0
+        if execution == "auto":
+            return "padded" if drop_path or shapes_only() else "packed"
+        if execution == "packed" and drop_path:
+            raise ValueError(
+                f"execution ('packed') must be 'auto' or 'padded' to train with drop_path_rate ({drop_path})"
+            )
+        return execution
 
     def encode(self, layers: nn.ModuleList, hidden: torch.Tensor, state: TokenState, call: EncoderCall) -> Any:
         """Sends the tokens through the layers.

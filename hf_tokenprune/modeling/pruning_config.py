@@ -210,8 +210,9 @@ class PruningConfig:
 
     Args:
         stages: the reductions, in the order of their layers. An empty list prunes nothing.
-        execution: `"packed"` (no padding anywhere), `"padded"` (compile, export, training), `"masked"` (full length,
-            reduced tokens hidden) or `"auto"`: padded under compile, export and in training, packed otherwise.
+        execution: `"packed"` (no padding anywhere), `"padded"` (compile, export), `"masked"` (full length, reduced
+            tokens hidden) or `"auto"`: padded under compile and export, and in training with stochastic depth; packed
+            otherwise.
         protected_token_ids: ids that are never reduced ([SEP] and the like). They rank first inside a fixed budget.
         min_tokens: at least so many tokens of a sample stay, class token included, as far as it has them.
         preset: the preset that the stages come from, for the reader.

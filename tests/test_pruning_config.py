@@ -1,0 +1,118 @@
+"""The pruning config: what it refuses, and that it survives a JSON round trip."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_tokenprune import PruningConfig, PruningStage, TokenPruneBertConfig
+from hf_tokenprune.modeling.pruning_config import default_layers, keep_count
+
+
+def preset(name: str = "top_k", **values: object) -> PruningConfig:
+    return PruningConfig.preset(name, **{"layers": [1, 2], **values})
+
+
+def stage(**values: object) -> PruningStage:
+    usual = {"layers": [1, 2], "saliency": "cls_attention", "rule": "keep_rate", "values": [0.5, 0.3]}
+    return PruningStage(**{**usual, **values})
+
+
+REFUSED = {
+    "preset": (lambda: preset("topk"), ["'topk'", "top_k", "adaptive"]),
+    "hyper-parameter": (lambda: preset(keeprate=0.5), ["'keeprate'", "keep_rate"]),
+    "missing": (lambda: PruningConfig.preset("top_k"), ["'layers'"]),
+    "rate": (lambda: preset(keep_rate=1.3), ["1.3", "(0, 1]"]),
+    "rate 0": (lambda: preset(keep_rate=0), ["(0)", "(0, 1]"]),
+    "rate nan": (lambda: preset(keep_rate=float("nan")), ["nan", "finite"]),
+    "rate text": (lambda: preset(keep_rate="half"), ["'half'", "number"]),
+    "rate list": (lambda: preset(keep_rate=[0.7, 0.5]), ["[0.7, 0.5]", "number"]),
+    "threshold": (lambda: preset("adaptive", threshold=-0.1), ["-0.1", ">= 0"]),
+    "thresholds": (lambda: preset("adaptive", threshold=[0.1]), ["[0.1]", "one per layer"]),
+    "saliency": (lambda: preset("adaptive", saliency="luck"), ["'luck'", "cls_attention"]),
+    "execution": (lambda: preset(execution="fast"), ["'fast'", "packed"]),
+    "min_tokens": (lambda: preset(min_tokens=0), ["(0)", ">= 1"]),
+    "protected": (lambda: preset(protected_token_ids=[-1]), ["-1", ">= 0"]),
+    "layers negative": (lambda: preset(layers=[-1]), ["-1", ">= 0"]),
+    "layers twice": (lambda: preset(layers=[2, 2]), ["[2, 2]", "rise"]),
+    "layers none": (lambda: preset(layers=[]), ["[]", "at least one"]),
+    "layers float": (lambda: preset(layers=[1.5]), ["1.5", "integer"]),
+    "rising": (lambda: stage(values=[0.3, 0.5]), ["[0.3, 0.5]", "not rise"]),
+    "rising stages": (
+        lambda: PruningConfig([stage(layers=[3], values=[0.5]), stage(layers=[1], values=[0.3])]),
+        ["[0.3, 0.5]", "not rise"],
+    ),
+    "layer in two stages": (lambda: PruningConfig([stage(), stage()]), ["[1, 2]", "one site"]),
+    "rule": (lambda: stage(rule="best"), ["'best'", "keep_rate"]),
+    "reduction": (lambda: stage(reduction="melt"), ["'melt'", "drop"]),
+    "place": (lambda: stage(place="after"), ["'after'", "between"]),
+    "stage": (lambda: PruningConfig([7]), ["7", "PruningStage"]),
+    "stage field": (lambda: PruningConfig([{"layers": [1]}]), ["'saliency'"]),
+    "field": (lambda: PruningConfig.from_dict({**preset().to_dict(), "speed": 2}), ["'speed'", "known"]),
+    "version": (lambda: PruningConfig.from_dict({**preset().to_dict(), "format_version": 99}), ["99", "must be 1"]),
+    "no version": (lambda: PruningConfig.from_dict({"stages": []}), ["None", "must be 1"]),
+    "coerce": (lambda: PruningConfig.coerce(3), ["3", "PruningConfig"]),
+}
+
+
+@pytest.mark.parametrize("make, words", REFUSED.values(), ids=REFUSED)
+def test_refused_with_the_value_and_the_rule(make, words):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+layers = st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True).map(sorted)
+common = {
+    "execution": st.sampled_from(["auto", "packed", "padded", "masked"]),
+    "protected_token_ids": st.lists(st.integers(0, 99), max_size=3),
+    "min_tokens": st.integers(1, 5),
+}
+configs = st.one_of(
+    st.builds(PruningConfig.preset, st.just("top_k"), layers=layers, keep_rate=st.floats(0.01, 1.0), **common),
+    st.builds(PruningConfig.preset, st.just("adaptive"), layers=layers, threshold=st.floats(0, 9), **common),
+)
+
+
+@settings(derandomize=True, max_examples=100)
+@given(configs)
+def test_equal_after_a_json_round_trip(config):
+    assert PruningConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_preset_is_the_same_as_its_stages():
+    assert preset(keep_rate=0.7).stages == (stage(values=[0.7, 0.49]),)
+    assert [site.value for site in preset(keep_rate=0.7, layers=[1, 2, 5]).sites.values()] == [0.7, 0.49, 0.343]
+
+
+@pytest.mark.parametrize("form", ["top_k", {"preset": "top_k"}, {"preset": "top_k", "keep_rate": 0.7}])
+def test_coerced_forms(form):
+    assert PruningConfig.coerce(form, 12) == preset(layers=[3, 6, 9], keep_rate=0.7)
+    assert PruningConfig.coerce(None, 12) is None
+
+
+@pytest.mark.parametrize("depth, sites", [(12, [3, 6, 9]), (6, [1, 3, 4]), (2, [0, 1]), (1, [0])])
+def test_default_layers(depth, sites):
+    assert default_layers(depth) == sites
+
+
+def test_counts_are_exact():
+    assert keep_count(90, 0.7) == 63 and int(0.7 * 90) == 62
+    for tokens in range(1001):
+        for percent in range(1, 101):
+            assert keep_count(tokens, percent / 100) == tokens * percent // 100
+
+
+def test_nested_in_the_model_config(tmp_path):
+    config = TokenPruneBertConfig(num_hidden_layers=4, pruning=preset(protected_token_ids=[3]))
+    config.save_pretrained(tmp_path)
+    on_disk = json.loads((tmp_path / "config.json").read_text())
+    assert on_disk["pruning"] == config.pruning.to_dict() and on_disk["pruning"]["format_version"] == 1
+    again = TokenPruneBertConfig.from_pretrained(tmp_path)
+    assert again.pruning == config.pruning
+    with pytest.raises(ValueError, match=r"layer \(7\) must be in \[0, 3\]"):
+        again.pruning = preset(layers=[7])
+    with pytest.raises(ValueError, match=r"layer \(2\) must be in \[0, 1\]"):
+        again.num_hidden_layers = 2
+    assert again.pruning == config.pruning and again.num_hidden_layers == 4
