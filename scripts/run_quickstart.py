@@ -12,7 +12,6 @@ pruning (the control), and the baseline trained on as long with pruning.
 import copy
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import torch
-import transformers
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 from transformers import (
@@ -44,6 +42,7 @@ from hf_tokenprune.hub import run_in_fresh_process
 from hf_tokenprune.metrics import Accuracy, paired_bootstrap
 from hf_tokenprune.modeling.token_outputs import EncoderCall
 from hf_tokenprune.profiling import Timing, speedup, time_interleaved
+from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.profiling.macs import MacCount, count_call
 from hf_tokenprune.training.text import load_text_classification, tokenize
 from hf_tokenprune.viz import OperatingPoint, accuracy_over_macs, document_views, render_page, write_page
@@ -147,7 +146,7 @@ class Quickstart:
         report = {
             "arguments": asdict(self.arguments),
             "pruning": self.pruning.to_dict(),
-            "machine": machine(self.device),
+            "machine": describe_machine(self.device),
             "quality": quality(evaluations),
             "speed": speed(timings, self.evaluate(pruned, timed, "count the timed documents"), len(timed)),
             "stranger": self.check_stranger(pruned),
@@ -353,29 +352,6 @@ def speed(timings: dict[str, Timing], counted: Evaluation, documents: int) -> li
         rows.append(row)
     rows[-1] |= {"mac_ratio_to_unpadded": mac_ratio, "realised": rows[-1]["speedup_to_unpadded"] * mac_ratio}
     return rows
-
-
-def machine(device: torch.device) -> dict[str, object]:
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def table(report: dict) -> str:
