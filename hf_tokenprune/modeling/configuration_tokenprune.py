@@ -32,6 +32,16 @@ class TokenPruneConfigMixin:
             _check_layers(self.pruning, value)
         super().__setattr__(key, value)
 
+    @property
+    def attention_width(self) -> int:
+        """Features of all heads together."""
+        return self.hidden_size
+
+    @property
+    def feed_forward_macs(self) -> int:
+        """Multiply-accumulates of one token's feed-forward."""
+        return 2 * self.hidden_size * self.intermediate_size
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["pruning"] = None if self.pruning is None else self.pruning.to_dict()

@@ -42,11 +42,10 @@ class LayerPlan:
 class TokenPruneLayer:
     """A layer that reduces tokens between its attention and its feed-forward. Goes before the native layer class.
 
-    The family gives the anatomy, as calls of native modules:
+    The family gives the anatomy: accessors that call native modules, never their weights, so that adapters and
+    quantised layers work. The attention's accessors default to the layout that newer native families share.
 
     Attributes:
-        attention_module: the native module that the attention function reads.
-        num_heads, head_dim, scaling, attention_dropout: as the native attention has them.
         eager_attention: the family's own eager attention function.
 
     Modifications:
@@ -57,14 +56,27 @@ class TokenPruneLayer:
 
     eager_attention: Callable
 
+    @property
+    def attention_module(self) -> nn.Module:
+        """The native module that the attention function reads."""
+        return self.attention
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_module.head_dim
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.attention_module.attention_dropout
+
     def query(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        return self.attention_module.q_proj(x)
 
     def key(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        return self.attention_module.k_proj(x)
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        return self.attention_module.v_proj(x)
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What queries, keys and values are made of."""
@@ -83,9 +95,8 @@ class TokenPruneLayer:
     ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
         """hidden [.., D], laid out as `state.layout` -> the same after the layer, the new state, and the attention map
         [B, H, N, N] if the kernel gives weights and positions are followed."""
-        kernel = AttentionKernel(
-            config, self.attention_module, self.eager_attention, self.scaling, self.attention_dropout
-        )
+        module = self.attention_module
+        kernel = AttentionKernel(config, module, self.eager_attention, module.scaling, self.attention_dropout)
         source = self.attention_input(hidden)
         key, value = self.key(source), self.value(source)
         query = None
@@ -122,12 +133,11 @@ class TokenPruneLayer:
     def _scores(
         self, site: Site, source: torch.Tensor, query: torch.Tensor | None, key: torch.Tensor, state: TokenState
     ) -> torch.Tensor:  # [B, K]
+        scaling, heads = self.attention_module.scaling, self.attention_module.num_attention_heads
         if site.saliency == "received_attention":
-            return received_scores(query, key, state.layout, self.scaling, self.num_heads)
-        first = state.layout.first(source if query is None else query)
-        return first_token_scores(
-            self.query(first) if query is None else first, key, state.layout, self.scaling, self.num_heads
-        )
+            return received_scores(query, key, state.layout, scaling, heads)
+        first = self.query(state.layout.first(source)) if query is None else state.layout.first(query)
+        return first_token_scores(first, key, state.layout, scaling, heads)
 
 
 class Prunable:

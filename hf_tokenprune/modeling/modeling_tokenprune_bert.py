@@ -42,30 +42,23 @@ class TokenPruneBertConfig(TokenPruneConfigMixin, BertConfig):
     must_be_false = ("is_decoder", "add_cross_attention")
     pruning: Any = None
 
-    @property
-    def attention_width(self) -> int:
-        return self.hidden_size
-
-    @property
-    def feed_forward_macs(self) -> int:
-        """Multiply-accumulates of one token's feed-forward."""
-        return 2 * self.hidden_size * self.intermediate_size
-
 
 class TokenPruneBertLayer(TokenPruneLayer, BertLayer):
     """The anatomy of a BERT layer: normalisation after each half."""
 
     eager_attention = staticmethod(eager_attention_forward)
 
-    def __init__(self, config: TokenPruneBertConfig, layer_idx: int | None = None):
-        super().__init__(config, layer_idx=layer_idx)
-        attention = self.attention.self
-        self.num_heads, self.head_dim = attention.num_attention_heads, attention.attention_head_size
-        self.scaling, self.attention_dropout = attention.scaling, attention.dropout.p
-
     @property
     def attention_module(self) -> nn.Module:
         return self.attention.self
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.self.attention_head_size
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.attention.self.dropout.p
 
     def query(self, x: torch.Tensor) -> torch.Tensor:
         return self.attention.self.query(x)
@@ -107,6 +100,7 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
 
     config_class = TokenPruneBertConfig
     output_class = TokenPruneModelOutputWithCrossAttentions
+    _no_split_modules = ["BertEmbeddings", "TokenPruneBertLayer"]
 
     def __init__(self, config: TokenPruneBertConfig, add_pooling_layer: bool = True):
         BertPreTrainedModel.__init__(self, config)

@@ -44,10 +44,6 @@ class TokenPruneDinov2Config(TokenPruneConfigMixin, Dinov2Config):
     pruning: Any = None
 
     @property
-    def attention_width(self) -> int:
-        return self.hidden_size
-
-    @property
     def feed_forward_macs(self) -> int:
         """Multiply-accumulates of one token's feed-forward."""
         inner = int(self.hidden_size * self.mlp_ratio)
@@ -60,24 +56,6 @@ class TokenPruneDinov2Layer(TokenPruneLayer, Dinov2Layer):
     """The anatomy of a DINOv2 layer: normalisation before each half, LayerScale after it, stochastic depth."""
 
     eager_attention = staticmethod(eager_attention_forward)
-
-    def __init__(self, config: TokenPruneDinov2Config):
-        super().__init__(config)
-        self.num_heads, self.head_dim = self.attention.num_attention_heads, self.attention.head_dim
-        self.scaling, self.attention_dropout = self.attention.scaling, self.attention.attention_dropout
-
-    @property
-    def attention_module(self) -> nn.Module:
-        return self.attention
-
-    def query(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention.q_proj(x)
-
-    def key(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention.k_proj(x)
-
-    def value(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention.v_proj(x)
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.norm1(hidden)

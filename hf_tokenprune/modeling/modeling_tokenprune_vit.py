@@ -33,38 +33,11 @@ class TokenPruneViTConfig(TokenPruneConfigMixin, ViTConfig):
     keys_to_ignore_at_inference = list(EXTRA_FIELDS)
     pruning: Any = None
 
-    @property
-    def attention_width(self) -> int:
-        return self.hidden_size
-
-    @property
-    def feed_forward_macs(self) -> int:
-        """Multiply-accumulates of one token's feed-forward."""
-        return 2 * self.hidden_size * self.intermediate_size
-
 
 class TokenPruneViTLayer(TokenPruneLayer, ViTLayer):
     """The anatomy of a ViT layer: normalisation before each half."""
 
     eager_attention = staticmethod(eager_attention_forward)
-
-    def __init__(self, config: TokenPruneViTConfig):
-        super().__init__(config)
-        self.num_heads, self.head_dim = self.attention.num_attention_heads, self.attention.head_dim
-        self.scaling, self.attention_dropout = self.attention.scaling, self.attention.attention_dropout
-
-    @property
-    def attention_module(self) -> nn.Module:
-        return self.attention
-
-    def query(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention.q_proj(x)
-
-    def key(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention.k_proj(x)
-
-    def value(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attention.v_proj(x)
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.layernorm_before(hidden)
