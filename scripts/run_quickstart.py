@@ -141,7 +141,7 @@ class Quickstart:
         print("\n5/6 time the padded, the unpadded and the pruned model in turn")
         timed = self.splits["test"].select(range(min(self.arguments.timed_documents, len(self.splits["test"]))))
         timings = self.time(timed, control, prune(control, None), pruned)
-        print("\n6/6 save, and load as a stranger")
+        print("\n6/6 save, draw, and load as a stranger: in a new process without this package")
         self.save(pruned)
         report = {
             "arguments": asdict(self.arguments),
@@ -149,11 +149,14 @@ class Quickstart:
             "machine": describe_machine(self.device),
             "quality": quality(evaluations),
             "speed": speed(timings, self.evaluate(pruned, timed, "count the timed documents"), len(timed)),
-            "stranger": self.check_stranger(pruned),
         }
-        write_atomically(self.folder / "report.json", json.dumps(report, indent=2).encode())
+        self.write(report)
         self.draw(evaluations, pruned)
-        print(f"\n{table(report)}")
+        print(f"\n{table(report)}\n")
+        self.write({**report, "stranger_differences": self.check_stranger(pruned)})
+
+    def write(self, report: dict) -> None:
+        write_atomically(self.folder / "report.json", json.dumps(report, indent=2).encode())
 
     def load_data(self) -> datasets.DatasetDict:
         arguments = self.arguments

@@ -96,7 +96,7 @@ def test_minilm_heads_unpruned_are_the_native_ones(pruning, loader, batch):
 
 
 # Class token, pooler, mean of the tokens; measured, least of these ten texts: 0.993, 0.993, 0.979 at rate 0.7 and
-# 0.977, 0.973, 0.960 at rate 0.5. The tokens that stay are averaged: a dropped token's state is that of an earlier layer.
+# 0.977, 0.973, 0.960 at rate 0.5. The tokens that stay are averaged: a dropped token's state is an earlier layer's.
 @pytest.mark.parametrize("rate, bounds", [(0.7, (0.98, 0.98, 0.95)), (0.5, (0.96, 0.96, 0.92))])
 @torch.no_grad()
 def test_minilm_pruned_stays_near(rate, bounds, minilm, batch, expected):

@@ -147,17 +147,35 @@ def test_bf16_autocast(case, tmp_path):
     assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
 
 
-@heads
-def test_training_pads_and_evaluation_packs(case, tmp_path):
-    model = pruned_model(case)
+def shapes_of_a_run(model: PreTrainedModel, rows: list, folder: Path) -> dict[bool, set[tuple[int, int]]]:
+    """How the tokens lie in training and in evaluation."""
     shapes = {True: set(), False: set()}
     layer = next(module for module in model.modules() if isinstance(module, TokenPruneLayer))
     layer.register_forward_pre_hook(lambda layer, inputs: shapes[layer.training].add(tuple(inputs[0].shape[:2])))
-    trainer = trainer_for(model, rows_for(case), tmp_path)
+    trainer = trainer_for(model, rows, folder)
     trainer.train()
     trainer.evaluate()
+    return shapes
+
+
+@pytest.mark.parametrize("execution", ["auto", *tiny.EXECUTIONS])
+@heads
+def test_training_runs_in_the_execution_that_was_asked_for(case, execution, tmp_path):
+    model = pruned_model(case)
+    model.set_pruning(PruningConfig(stages=PRUNINGS["top_k"].stages, execution=execution))
     length = LENGTH if case.text else 37
-    assert shapes == {True: {(8, length)}, False: {(1, 8 * length)}}
+    expected = (1, 8 * length) if execution in ("auto", "packed") else (8, length)
+    assert shapes_of_a_run(model, rows_for(case), tmp_path) == {True: {expected}, False: {expected}}
+
+
+@pytest.mark.parametrize("case", tiny.HEADS[3:])
+def test_stochastic_depth_trains_padded(case, tmp_path):
+    shapes = shapes_of_a_run(pruned_model(case, drop_path_rate=0.2), rows_for(case), tmp_path)
+    assert shapes == {True: {(8, 37)}, False: {(1, 8 * 37)}}
+    asked = pruned_model(case, drop_path_rate=0.2)
+    asked.set_pruning(PruningConfig(stages=PRUNINGS["top_k"].stages, execution="packed"))
+    with pytest.raises(ValueError, match=r"execution \('packed'\) .* drop_path_rate \(0.2\)"):
+        asked.train()(**tiny.image_inputs(2))
 
 
 @pytest.mark.parametrize("trace", [False, True])

@@ -31,7 +31,7 @@ def run_in_fresh_process(
     with tempfile.TemporaryDirectory() as cache:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        question = json.dumps({"folder": str(folder), "inputs": inputs, "auto_classes": auto_classes})
+        question = json.dumps({"folder": os.path.abspath(folder), "inputs": inputs, "auto_classes": auto_classes})
         done = subprocess.run(
             [sys.executable, "-I", str(_CHILD)],
             input=question,
