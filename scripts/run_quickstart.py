@@ -60,7 +60,7 @@ class QuickstartArguments:
     text_column: str = "text"
     label_column: str = "label"
     pruning: str = field(
-        default='{"preset": "adaptive", "layers": [1, 2, 3], "threshold": 0.06}',
+        default='{"preset": "adaptive", "layers": [1, 2, 3], "threshold": 0.08}',
         metadata={"help": "a preset's name, or JSON with its hyper-parameters"},
     )
     max_length: int = 128
