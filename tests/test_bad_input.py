@@ -321,9 +321,10 @@ def test_nan_weights_give_nan_and_no_crash(case, pruning, execution):
         biases[0][0] = torch.nan
         out = pruned(**tiny.inputs_for(case), output_token_trace=True)
     assert tiny.main_output(out)[0, ..., 0].isnan().any()
-    counts = out.token_trace.counts
-    assert (counts >= 1).all()
-    assert pruning == "none" or (counts[0] < 37).all()
+    trace = out.token_trace
+    assert (trace.counts >= 1).all()
+    assert (trace.source[:, :, 0] == 0).all()  # the class token stays
+    assert pruning == "none" or (trace.counts[0] < 37).all()
 
 
 @variants(IMAGE)

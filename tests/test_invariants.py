@@ -258,6 +258,26 @@ def test_nothing_pruned_nothing_changed(case, attention):
 
 
 @CASE
+def test_pruning_is_switched_at_run_time(case):
+    native, inputs = native_of(case), inputs_for(case)
+    pruning = PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.5)
+    model = prune(native, pruning)
+    with torch.no_grad():
+        expected, pruned = main_output(native(**inputs)), main_output(model(**inputs))
+        model.set_pruning(None)
+        unpruned = main_output(model(**inputs))
+        model.set_pruning(pruning.to_dict())
+        pruned_again = main_output(model(**inputs))
+    if expected.dim() == 3 and case.text:
+        real = inputs["attention_mask"].bool()
+        unpruned, expected, pruned = unpruned[real], expected[real], pruned[real]
+        pruned_again = pruned_again[real]
+    assert_close(unpruned, expected, rtol=0, atol=1e-5 * scale(expected))
+    assert torch.equal(pruned_again, pruned)
+    assert (pruned - unpruned).abs().max() > 1e-3
+
+
+@CASE
 def test_one_meaning_in_three_executions(case):
     @examples(25)
     @given(prunings(case.text), batches(case), st.sampled_from([torch.float32, torch.float64]))
@@ -513,16 +533,33 @@ def _rows_seen(model: PreTrainedModel, inputs: Inputs, part: str, **wishes: bool
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("execution", ["auto", *EXECUTIONS])
 def test_what_each_execution_computes(execution, training):
-    """Packed: the tokens. Padded: samples times the longest. Masked: everything. Auto: packed, in training padded."""
+    """Packed: the tokens. Padded: samples times the longest. Masked: everything. Auto: packed."""
     model = prune(build(Case(BertModel, BERT)), PruningConfig.preset("top_k", layers=[1], keep_rate=0.5))
     model.set_pruning(replace(model.config.pruning, execution=execution))
     model.train(training)
     rows, outputs = _rows_seen(model, text_inputs([17, 5, 9], padding=2), "feed_forward", output_token_trace=True)
     assert outputs.token_trace.counts.tolist() == [[9, 3, 5]]
     expected = {"packed": [31, 17], "padded": [3 * 19, 3 * 9], "masked": [3 * 19, 3 * 19]}
-    expected["auto"] = expected["padded" if training else "packed"]
+    expected["auto"] = expected["packed"]
     before, after = expected[execution]
     assert rows == [before, after, after, after]
+
+
+@pytest.mark.parametrize("case", [param for param in BASES if param.id == "Dinov2Model"])
+def test_stochastic_depth_trains_by_sample(case):
+    """A packed batch is one row, and so one draw."""
+    config = deepcopy(case.config)
+    config.drop_path_rate = 0.5
+    model = prune(build(Case(case.native, config)), PruningConfig.preset("top_k", layers=[1], keep_rate=0.5))
+    assert _rows_seen(model, image_inputs(2), "output")[0] == [74, 38, 38, 38]
+    rows = []
+    _blocks(model)[0].drop_path.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[0]))
+    model.train()
+    model(**image_inputs(2))
+    assert rows == [2, 2]
+    model.set_pruning(replace(model.config.pruning, execution="packed"))
+    with pytest.raises(ValueError, match=r"'packed'.*drop_path_rate \(0.5\)"):
+        model(**image_inputs(2))
 
 
 @CASE

@@ -195,6 +195,25 @@ def test_what_is_saved_comes_back(case, saved):
 
 
 @pytest.mark.parametrize("case", tiny.ALL)
+def test_stock_checkpoints_still_give_stock_models(case, tmp_path):
+    build(case).save_pretrained(tmp_path)
+    for loader, expected in auto_classes(case).items():
+        stock = next(native for native, pruned in native_to_pruned().items() if pruned is expected)
+        assert type(loader.from_pretrained(tmp_path)) is stock
+
+
+@pytest.mark.parametrize("case", tiny.HEADS)
+def test_fewer_layers_with_a_pruning_that_fits(case, saved):
+    shallow = PruningConfig.preset("top_k", layers=[1])
+    for asked in ({"num_hidden_layers": 2, "pruning": shallow}, {"pruning": shallow, "num_hidden_layers": 2}):
+        model = ours(case).from_pretrained(saved, **asked)
+        assert model.config.num_hidden_layers == 2
+        assert model.config.pruning == shallow
+    with pytest.raises(ValueError, match=r"layer \(2\) must be in \[0, 1\]"):
+        ours(case).from_pretrained(saved, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("case", tiny.ALL)
 def test_the_files_of_a_checkpoint(case, saved):
     files = sorted(path.name for path in saved.rglob("*"))
     modules = ["configuration_tokenprune", "modeling_tokenprune", "pruning_config", "selection", "token_attention"]
@@ -295,7 +314,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("case", tiny.HEADS)
+@pytest.mark.parametrize("case", [tiny.HEADS[0], tiny.HEADS[2]])
 def test_a_broken_pruning_on_disk_is_refused(case, saved, broken):
     change, words = BROKEN[broken]
     config = read_config(saved)

@@ -52,6 +52,18 @@ REFUSED = {
     "field": (lambda: PruningConfig.from_dict({**preset().to_dict(), "speed": 2}), ["'speed'", "known"]),
     "version": (lambda: PruningConfig.from_dict({**preset().to_dict(), "format_version": 99}), ["99", "must be 1"]),
     "no version": (lambda: PruningConfig.from_dict({"stages": []}), ["None", "must be 1"]),
+    "preset name": (lambda: PruningConfig(preset_name=3), ["preset_name", "3"]),
+    "stage unknown field": (
+        lambda: PruningConfig([{"layers": [1], "saliency": "a", "rule": "b", "values": [1], "speed": 2}]),
+        ["'speed'", "known"],
+    ),
+    "stages text": (lambda: PruningConfig("top_k"), ["'top_k'", "list"]),
+    "protected text": (lambda: preset(protected_token_ids="12"), ["'12'", "list"]),
+    "protected bool": (lambda: preset(protected_token_ids=[True]), ["True", "integer"]),
+    "execution list": (lambda: preset(execution=["packed"]), ["['packed']", "packed, padded"]),
+    "threshold huge": (lambda: preset("adaptive", threshold=10**400), ["threshold", "finite"]),
+    "common in from_dict": (lambda: PruningConfig.from_dict({"format_version": 1, "min_tokens": 1.5}), ["1.5", ">= 1"]),
+    "not a dict": (lambda: PruningConfig.from_dict([1]), ["[1]", "dict"]),
     "coerce": (lambda: PruningConfig.coerce(3), ["3", "PruningConfig"]),
 }
 
@@ -69,7 +81,23 @@ common = {
     "protected_token_ids": st.lists(st.integers(0, 99), max_size=3),
     "min_tokens": st.integers(1, 5),
 }
+
+
+@st.composite
+def staged(draw: st.DrawFn) -> PruningConfig:
+    """Two stages by different rules, taking turns."""
+    depths = draw(st.lists(st.integers(0, 30), min_size=2, max_size=8, unique=True).map(sorted))
+    rates = sorted(draw(st.lists(st.floats(0.01, 1), min_size=len(depths[::2]), max_size=len(depths[::2]))))
+    saliency = st.sampled_from(["cls_attention", "received_attention"])
+    stages = (
+        PruningStage(depths[::2], draw(saliency), "keep_rate", rates[::-1]),
+        PruningStage(depths[1::2], draw(saliency), "relative_threshold", [0.5] * len(depths[1::2])),
+    )
+    return PruningConfig(stages=stages, **{name: draw(value) for name, value in common.items()})
+
+
 configs = st.one_of(
+    staged(),
     st.builds(PruningConfig.preset, st.just("top_k"), layers=layers, keep_rate=st.floats(0.01, 1.0), **common),
     st.builds(PruningConfig.preset, st.just("adaptive"), layers=layers, threshold=st.floats(0, 9), **common),
 )
@@ -78,7 +106,10 @@ configs = st.one_of(
 @settings(derandomize=True, max_examples=100)
 @given(configs)
 def test_equal_after_a_json_round_trip(config):
-    assert PruningConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    again = PruningConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.sites == config.sites
+    assert sorted(again.sites) == sorted(layer for stage in config.stages for layer in stage.layers)
 
 
 def test_a_preset_is_the_same_as_its_stages():
@@ -111,6 +142,7 @@ def test_nested_in_the_model_config(tmp_path):
     assert on_disk["pruning"] == config.pruning.to_dict() and on_disk["pruning"]["format_version"] == 1
     again = TokenPruneBertConfig.from_pretrained(tmp_path)
     assert again.pruning == config.pruning
+    assert again.to_dict() == config.to_dict()
     with pytest.raises(ValueError, match=r"layer \(7\) must be in \[0, 3\]"):
         again.pruning = preset(layers=[7])
     with pytest.raises(ValueError, match=r"layer \(2\) must be in \[0, 1\]"):

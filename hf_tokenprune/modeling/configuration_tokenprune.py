@@ -32,6 +32,12 @@ class TokenPruneConfigMixin:
             _check_layers(self.pruning, value)
         super().__setattr__(key, value)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # What fits together is checked together: both may be asked for in one `from_pretrained`.
+        together = {name: kwargs.pop(name) for name in ("num_hidden_layers", "pruning") if name in kwargs}
+        return super().from_dict({**config_dict, **together}, **kwargs)
+
     @property
     def attention_width(self) -> int:
         """Features of all heads together."""
