@@ -34,9 +34,12 @@ class TokenPruneConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # What fits together is checked together: both may be asked for in one `from_pretrained`.
-        together = {name: kwargs.pop(name) for name in ("num_hidden_layers", "pruning") if name in kwargs}
-        return super().from_dict({**config_dict, **together}, **kwargs)
+        # The pruning comes last, when the depth is the one that was asked for in the same `from_pretrained`.
+        pruning = kwargs.pop("pruning", config_dict.get("pruning"))
+        output = super().from_dict({**config_dict, "pruning": None}, **kwargs)
+        config = output[0] if isinstance(output, tuple) else output
+        config.pruning = pruning
+        return output
 
     @property
     def attention_width(self) -> int:
