@@ -7,7 +7,7 @@ only ever reads `PruningConfig.sites`.
 """
 
 import inspect
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -41,7 +41,8 @@ def keep_count(tokens: Any, rate: float) -> Any:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # An int beyond any float is not finite either.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} ({value!r}) must be a finite number")
     return float(value)
 
@@ -215,7 +216,7 @@ class PruningConfig:
             otherwise.
         protected_token_ids: ids that are never reduced ([SEP] and the like). They rank first inside a fixed budget.
         min_tokens: at least so many tokens of a sample stay, class token included, as far as it has them.
-        preset: the preset that the stages come from, for the reader.
+        preset_name: the preset that the stages come from, for the reader.
 
     Raises:
         ValueError: quoting the value and the rule it breaks.
@@ -234,6 +235,8 @@ class PruningConfig:
             {_integer("protected_token_ids", i, 0) for i in _sequence("protected_token_ids", self.protected_token_ids)}
         )
         _integer("min_tokens", self.min_tokens, 1)
+        if self.preset_name is not None:
+            _choice("preset", self.preset_name, tuple(PRESETS))
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "protected_token_ids", tuple(ids))
         self._check_sites()
