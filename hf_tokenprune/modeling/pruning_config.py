@@ -236,7 +236,7 @@ class PruningConfig:
         )
         _integer("min_tokens", self.min_tokens, 1)
         if self.preset_name is not None:
-            _choice("preset", self.preset_name, tuple(PRESETS))
+            _choice("preset_name", self.preset_name, tuple(PRESETS))
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "protected_token_ids", tuple(ids))
         self._check_sites()
