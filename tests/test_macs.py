@@ -79,6 +79,19 @@ def test_total_of_a_batch_is_what_torch_counts(case, method):
 
 
 @CASE
+@pytest.mark.parametrize("method", ["top_k_last", "received"])
+@pytest.mark.parametrize("wish", ["output_attentions", "output_hidden_states"])
+def test_what_else_is_asked_for_is_counted(case, method, wish):
+    """Complete maps need every token's query, even of those that are dropped there."""
+    model = prune(build(case, attention="eager"), METHODS[method])
+    inputs = text_inputs([17]) if case.text else image_inputs(1)
+    more = inputs | {wish: True}
+    assert count_macs(model, more).per_layer == _counted_macs(model, more)
+    if wish == "output_attentions":
+        assert count_macs(model, more).total > count_macs(model, inputs).total
+
+
+@CASE
 def test_unpruned_is_what_torch_counts_in_the_stock_model(case):
     native, inputs = build(case, attention="eager"), inputs_for(case)
     length = _lengths(inputs)[0]

@@ -216,6 +216,7 @@ def test_restore_false_gives_the_kept_tokens_alone(case, execution):
         assert outputs.attention_mask[row].tolist() == [1] * len(places) + [0] * padding
         assert outputs.positions[row].tolist() == places + [-1] * padding
         _close(outputs.last_hidden_state[row, : len(places)], full.last_hidden_state[row, places])
+        assert (outputs.last_hidden_state[row, len(places) :] == 0).all()
     _close(outputs.pooler_output, full.pooler_output)
     assert kept_places(outputs.token_trace)[-1] == kept
     assert all(states.shape == (batch, _length(case), 32) for states in outputs.hidden_states)
