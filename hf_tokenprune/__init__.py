@@ -14,7 +14,7 @@ register_auto_classes()
 
 _CLASS_NAMES = class_names()
 
-__all__ = ["PruningConfig", "PruningStage", "count_macs", "prune", *_CLASS_NAMES]
+__all__ = ["PruningConfig", "PruningStage", "count_macs", "prune", *class_names(available=True)]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +25,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_CLASS_NAMES])
+    return sorted({*globals(), *__all__})

@@ -50,9 +50,14 @@ FAMILIES = MappingProxyType(
 )
 
 
-def class_names() -> dict[str, Family]:
-    """Every public class name of every family."""
-    return {name: family for family in FAMILIES.values() for name in (family.config, *family.models.values())}
+def class_names(*, available: bool = False) -> dict[str, Family]:
+    """Every public class name of every family, or of those that this transformers has."""
+    return {
+        name: family
+        for family in FAMILIES.values()
+        if family.available or not available
+        for name in (family.config, *family.models.values())
+    }
 
 
 def supported_natives() -> list[str]:

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hf_tokenprune
 from hf_tokenprune import PruningConfig, PruningStage, TokenPruneBertConfig
 from hf_tokenprune.modeling.pruning_config import default_layers, keep_count
 
@@ -148,3 +150,19 @@ def test_nested_in_the_model_config(tmp_path):
     with pytest.raises(ValueError, match=r"layer \(2\) must be in \[0, 1\]"):
         again.num_hidden_layers = 2
     assert again.pruning == config.pruning and again.num_hidden_layers == 4
+
+
+def test_rates_are_the_decimals_as_written():
+    assert keep_count(90, 0.3333333333333333) == 29
+    assert keep_count(7_000_000, 0.123456789012345) == 864_197
+
+
+def test_numpy_numbers_are_numbers():
+    made = preset(layers=list(np.array([1, 2])), keep_rate=np.float64(0.7), min_tokens=np.int64(2))
+    assert made == preset(keep_rate=0.7, min_tokens=2)
+    assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
+
+
+def test_all_names_can_be_imported():
+    assert all(getattr(hf_tokenprune, name) for name in hf_tokenprune.__all__)
+    assert set(hf_tokenprune.__all__) <= set(dir(hf_tokenprune))

@@ -14,6 +14,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -29,9 +30,9 @@ PLACES = ("between",)
 def rate_fraction(rate: float) -> Fraction:
     """The decimal that was written, exactly: `0.7` is 7/10, so that 70 % of 90 tokens is 63 and not 62.
 
-    Denominators stop at 10**12, so that `tokens * numerator` stays inside int64 up to nine million tokens.
+    Decimals after the twelfth are cut, so that `tokens * numerator` stays inside int64 up to nine million tokens.
     """
-    return Fraction(repr(rate)).limit_denominator(10**12)
+    return Fraction(int(Fraction(repr(rate)) * 10**12), 10**12)
 
 
 def keep_count(tokens: Any, rate: float) -> Any:
@@ -42,15 +43,15 @@ def keep_count(tokens: Any, rate: float) -> Any:
 
 def _number(name: str, value: Any) -> float:
     # An int beyond any float is not finite either.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} ({value!r}) must be a finite number")
     return float(value)
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} ({value!r}) must be an integer >= {minimum}")
-    return value
+    return int(value)
 
 
 def _choice(name: str, value: Any, known: Sequence[str]) -> str:
@@ -184,7 +185,7 @@ def _adaptive(
 ) -> list[PruningStage]:
     """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more."""
     layers = _sequence("layers", layers)
-    values = [threshold] * len(layers) if isinstance(threshold, (int, float)) else _sequence("threshold", threshold)
+    values = [threshold] * len(layers) if isinstance(threshold, Real) else _sequence("threshold", threshold)
     values = [_check_threshold("threshold", value) for value in values]
     return [PruningStage(layers, saliency, "relative_threshold", values)]
 
@@ -234,7 +235,7 @@ class PruningConfig:
         ids = sorted(
             {_integer("protected_token_ids", i, 0) for i in _sequence("protected_token_ids", self.protected_token_ids)}
         )
-        _integer("min_tokens", self.min_tokens, 1)
+        object.__setattr__(self, "min_tokens", _integer("min_tokens", self.min_tokens, 1))
         if self.preset_name is not None:
             _choice("preset_name", self.preset_name, tuple(PRESETS))
         object.__setattr__(self, "stages", stages)
@@ -337,7 +338,7 @@ class PruningConfig:
             raise ValueError(f"a pruning config ({data!r}) must be a dict")
         data = dict(data)
         version = data.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise ValueError(f"format_version ({version!r}) of the pruning config must be {FORMAT_VERSION}")
         return cls(**_known_fields(cls, data))
 

@@ -204,10 +204,25 @@ def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scalin
     Returns:
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
-    alive = rows.alive
-    query, key = (_heads(rows.spread(x), heads).float() for x in (query, key))  # [B, H, K, d]
     with _without_autocast(query):
-        logits = (query * scaling) @ key.mT  # [B, H, K, K]
+        if not isinstance(rows, PackedRows):
+            return _received(rows.spread(query), rows.spread(key), rows.alive, scaling, heads)
+        scores = torch.zeros(len(rows.lengths), rows.rows, device=query.device)
+        for run in rows.runs(rows):
+            parts = (x[0, run.keys].unflatten(0, (run.count, -1)) for x in (query, key))
+            received = _received(*parts, None, scaling, heads)
+            scores[run.samples, : received.shape[1]] = received
+    return scores
+
+
+def _received(
+    query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor | None, scaling: float, heads: int
+) -> torch.Tensor:
+    """query, key [b, n, A]; alive [b, n], None: all -> [b, n]"""
+    query, key = (_heads(x, heads).float() for x in (query, key))  # [b, H, n, d]
+    logits = (query * scaling) @ key.mT  # [b, H, n, n]
+    if alive is None:
+        return logits.softmax(dim=-1).mean(dim=(1, 2))
     weights = logits.masked_fill(~alive[:, None, None], -torch.inf).softmax(dim=-1)
     weights = weights.mean(dim=1).masked_fill(~alive[:, :, None], 0.0)
     return weights.sum(dim=1) / alive.sum(dim=1, keepdim=True)
