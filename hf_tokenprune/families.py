@@ -6,7 +6,8 @@ from functools import cache
 from types import MappingProxyType, ModuleType
 
 import transformers
-from packaging import version
+
+from .modeling.modeling_tokenprune import TransformersTooOld
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,10 @@ class Family:
     Args:
         module: its file in `modeling`.
         models: native class name -> our class name.
-        min_transformers: the first release whose native classes it fits.
     """
 
     module: str
     models: dict[str, str]
-    min_transformers: str = "5.17.0"
 
     @property
     def config(self) -> str:
@@ -29,23 +28,28 @@ class Family:
 
     @property
     def available(self) -> bool:
-        return version.parse(transformers.__version__) >= version.parse(self.min_transformers)
+        """Whether this transformers is new enough for it; its file says from when."""
+        try:
+            self.load()
+        except TransformersTooOld:
+            return False
+        return True
 
     def load(self) -> ModuleType:
-        """Its module. Raises an ImportError where transformers is too old for it."""
+        """Its module. Raises `TransformersTooOld`, an ImportError, where transformers is too old for it."""
         return importlib.import_module(f".modeling.{self.module}", __package__)
 
 
-def _family(name: str, heads: tuple[str, ...], min_transformers: str = "5.17.0") -> Family:
+def _family(name: str, *heads: str) -> Family:
     models = {f"{name}{suffix}": f"TokenPrune{name}{suffix}" for suffix in ("Model", *heads)}
-    return Family(f"modeling_tokenprune_{name.lower()}", models, min_transformers)
+    return Family(f"modeling_tokenprune_{name.lower()}", models)
 
 
 FAMILIES = MappingProxyType(
     {
-        "BERT": _family("Bert", ("ForSequenceClassification", "ForTokenClassification")),
-        "ViT": _family("ViT", ("ForImageClassification",)),
-        "DINOv2": _family("Dinov2", ("ForImageClassification",), "5.18.0"),
+        "BERT": _family("Bert", "ForSequenceClassification", "ForTokenClassification"),
+        "ViT": _family("ViT", "ForImageClassification"),
+        "DINOv2": _family("Dinov2", "ForImageClassification"),
     }
 )
 

@@ -109,17 +109,10 @@ class Quickstart:
     def __init__(self, arguments: QuickstartArguments):
         self.arguments = arguments
         self.folder = Path(arguments.output_dir)
-        path = arguments.model_name_or_path
-        self.model_path = packaged.model_path(path) if path in packaged.available_models() else path
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
-        self.collator = DataCollatorWithPadding(self.tokenizer)
-        self.training_arguments = self._training_arguments(arguments.epochs, arguments.learning_rate)
-        self.device = self.training_arguments.device
+        self.device = self._training_arguments(arguments.epochs, arguments.learning_rate).device
 
     def run(self) -> None:
-        self.splits = self.load_data()
-        baseline = self.load_baseline()
-        self.pruning = self.resolve_pruning(baseline)
+        baseline = self.prepare()
         print(f"\n1/6 fine-tune the baseline: {self.arguments.model_name_or_path} on {self.arguments.dataset_name}")
         self.finetune(baseline, self.arguments.epochs, self.arguments.learning_rate)
         print("\n2/6 train on without pruning: the control")
@@ -154,6 +147,20 @@ class Quickstart:
         self.draw(evaluations, pruned)
         print(f"\n{table(report)}\n")
         self.write({**report, "stranger_differences": self.check_stranger(pruned)})
+
+    def prepare(self) -> PreTrainedModel:
+        """Loads what was asked for, or ends with one sentence before anything is trained."""
+        try:
+            path = self.arguments.model_name_or_path
+            self.model_path = packaged.model_path(path) if path in packaged.available_models() else path
+            self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+            self.collator = DataCollatorWithPadding(self.tokenizer)
+            self.splits = self.load_data()
+            baseline = self.load_baseline()
+            self.pruning = self.resolve_pruning(baseline)
+        except (packaged.PackagedFileError, OSError, TypeError, ValueError) as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from error
+        return baseline
 
     def write(self, report: dict) -> None:
         write_atomically(self.folder / "report.json", json.dumps(report, indent=2).encode())

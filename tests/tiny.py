@@ -36,25 +36,16 @@ BERT = BertConfig(
     max_position_embeddings=64,
     num_labels=3,
 )
-VIT = ViTConfig(
-    image_size=24,
-    patch_size=4,
-    hidden_size=32,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    intermediate_size=64,
-    num_labels=3,
-)
-DINOV2 = Dinov2Config(
-    image_size=24,
-    patch_size=4,
-    hidden_size=32,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    mlp_ratio=2,
-    num_labels=3,
-    layerscale_value=0.7,
-)
+_IMAGES = {
+    "image_size": 24,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_labels": 3,
+}
+VIT = ViTConfig(**_IMAGES, intermediate_size=64)
+DINOV2 = Dinov2Config(**_IMAGES, mlp_ratio=2, layerscale_value=0.7)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What all families share: the layer that reduces tokens, the way through the layers, and the registration.
 
-A family says where the pieces of its layer are (`LayerAnatomy`, a handful of short methods that call the native
+A family says where the pieces of its layer are (`TokenPruneLayer`: a handful of short methods that call the native
 modules) and how its embeddings, pooler and heads go; everything else is here, once.
 
 Shapes: B samples, N input length, K rows, T alive tokens of the batch, D features, A attention width. `..` stands for
@@ -377,10 +377,14 @@ def require_pixels(pixel_values: torch.Tensor | None) -> torch.Tensor:
     return pixel_values
 
 
+class TransformersTooOld(ImportError):
+    """A family needs a later release of transformers."""
+
+
 def require_transformers(minimum: str, what: str) -> None:
-    """Raises an ImportError below the release that a family needs."""
+    """Raises `TransformersTooOld` below the release that a family needs."""
     if version.parse(transformers.__version__) < version.parse(minimum):
-        raise ImportError(f"{what} needs transformers >= {minimum}; this is {transformers.__version__}")
+        raise TransformersTooOld(f"{what} needs transformers >= {minimum}; this is {transformers.__version__}")
 
 
 def register_family(*, config: type, natives: dict[type, type], auto: dict[str, type]) -> None:

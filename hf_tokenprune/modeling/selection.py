@@ -75,7 +75,7 @@ def _selection(keep: torch.Tensor, state: TokenState, rows: int | None, full: bo
     """
     lengths = None
     if rows is None:
-        lengths = keep.sum(dim=1).tolist()  # the one synchronisation of a site on an accelerator
+        lengths = keep.sum(dim=1).tolist()  # a synchronisation on an accelerator
         rows = max(lengths)
         full = min(lengths) == rows
     home = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :rows]

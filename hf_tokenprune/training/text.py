@@ -21,18 +21,35 @@ def load_text_classification(
     Raises:
         ValueError: columns that are not there, or no labelled split to test on.
     """
-    splits = _load(name, config)
+    splits = _load(name, config, label_column)
     for column in (text_column, label_column):
         if column not in splits["train"].column_names:
             raise ValueError(f"column {column!r} is not in {name}; it has {splits['train'].column_names}")
     splits = splits.select_columns([text_column, label_column])
     splits = splits.rename_columns({a: b for a, b in ((text_column, "text"), (label_column, "label")) if a != b})
-    if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
-        splits = splits.class_encode_column("label")
-    return splits
+    if isinstance(splits["train"].features["label"], datasets.ClassLabel):
+        return splits
+    return _encode_labels(splits)
 
 
-def _load(name: str, config: str | None) -> datasets.DatasetDict:
+def _encode_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """One numbering for all splits, though a class may be missing in one of them."""
+    values = {value for split in splits.values() for value in split.unique("label")}
+    if None in values:
+        raise ValueError("label (None) must be there in every row")
+    numbers = {value: number for number, value in enumerate(sorted(values))}
+    feature = datasets.ClassLabel(names=[str(value) for value in numbers])
+    return datasets.DatasetDict(
+        {
+            name: split.remove_columns("label").add_column(
+                "label", [numbers[value] for value in split["label"]], feature=feature
+            )
+            for name, split in splits.items()
+        }
+    )
+
+
+def _load(name: str, config: str | None, label_column: str) -> datasets.DatasetDict:
     if name in packaged.available_datasets():
         return packaged.load_dataset(name)
     path = Path(name)
@@ -40,18 +57,19 @@ def _load(name: str, config: str | None) -> datasets.DatasetDict:
         kind = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
         return datasets.load_dataset(kind, data_files=str(path))["train"].train_test_split(test_size=0.2, seed=0)
     splits = datasets.load_dataset(name, config)
-    test = next((split for split in ("test", "validation") if split in splits and _labelled(splits[split])), None)
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
+    test = next(
+        (split for split in ("test", "validation") if split in splits and _labelled(splits[split], label_column)), None
+    )
     if test is None:
         return splits["train"].train_test_split(test_size=0.2, seed=0)
     return datasets.DatasetDict(train=splits["train"], test=splits[test])
 
 
-def _labelled(split: datasets.Dataset) -> bool:
-    """Some test splits are published with every label -1."""
-    column = next((c for c, f in split.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    return column is None or not len(split) or split[0][column] != -1
+def _labelled(split: datasets.Dataset, column: str) -> bool:
+    """Some test splits are published without labels, or with every label -1."""
+    return column in split.column_names and len(split) > 0 and split[0][column] not in (-1, None)
 
 
 def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.DatasetDict:

@@ -1,0 +1,105 @@
+"""What stands above the models: data, metrics, time, and the stranger's process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import BertForSequenceClassification
+
+from hf_tokenprune import prune
+from hf_tokenprune.hub import run_in_fresh_process
+from hf_tokenprune.metrics import Accuracy, paired_bootstrap
+from hf_tokenprune.profiling import Timing, speedup, time_interleaved
+from hf_tokenprune.training.text import load_text_classification
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def test_accuracy():
+    metric = Accuracy()
+    metric.add_batch(predictions=[1, 0, 2], references=[1, 1, 2])
+    metric.add_batch(predictions=[0], references=[1])
+    assert metric.compute() == {"accuracy": 0.5}
+
+
+def test_paired_bootstrap_is_narrower_than_its_parts():
+    generator = np.random.default_rng(0)
+    right = generator.random(400) < 0.9
+    better = right | (generator.random(400) < 0.05)
+    low, high = paired_bootstrap(better, right)
+    difference = better.mean() - right.mean()
+    assert 0 <= low < difference < high < 0.02
+    assert (low, high) == paired_bootstrap(better, right)
+    assert paired_bootstrap(right, right) == (0.0, 0.0)
+    with pytest.raises(ValueError, match=r"a \(400 items\) and b \(3 items\)"):
+        paired_bootstrap(right, [1, 0, 1])
+
+
+def test_candidates_run_in_turn():
+    order = []
+    timings = time_interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3, warmup=1)
+    assert "".join(order) == "ab" * 4
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3}
+    # The median of the pairs: 2, 1 and 6, not the ratio of the medians.
+    assert speedup(Timing((4.0, 3.0, 6.0)), Timing((2.0, 3.0, 1.0))) == 2.0
+    with pytest.raises(ValueError, match=r"rounds \(0\)"):
+        time_interleaved({}, rounds=0)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_local_files_with_columns_of_their_own(kind, tmp_path):
+    rows = [{"body": f"text {i}", "kind": "rare" if i == 0 else "often", "note": i} for i in range(20)]
+    path = tmp_path / f"data.{kind}"
+    if kind == "csv":
+        path.write_text("body,kind,note\n" + "".join(f"{r['body']},{r['kind']},{r['note']}\n" for r in rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = load_text_classification(str(path), text_column="body", label_column="kind")
+    names = {row["body"]: row["kind"] for row in rows}
+    for split in splits.values():
+        assert sorted(split.column_names) == ["label", "text"]
+        # One numbering, though one split has no rare row.
+        assert split.features["label"].names == ["often", "rare"]
+        assert all(split.features["label"].int2str(row["label"]) == names[row["text"]] for row in split)
+    assert len(splits["train"]) + len(splits["test"]) == 20
+    with pytest.raises(ValueError, match=r"column 'label' is not in .*'kind'"):
+        load_text_classification(str(path), text_column="body")
+
+
+def test_a_stranger_computes_the_same(tmp_path):
+    model = prune(tiny.build(tiny.Case(BertForSequenceClassification, tiny.BERT)), "top_k")
+    model.save_pretrained(tmp_path)
+    inputs = tiny.text_inputs([9, 4])
+    lists = {name: value.tolist() for name, value in inputs.items()}
+    answer = run_in_fresh_process(tmp_path, lists, ["AutoModelForSequenceClassification"])
+    with torch.no_grad():
+        ours = model(**inputs, output_token_trace=True)
+    theirs = answer["AutoModelForSequenceClassification"]
+    torch.testing.assert_close(torch.tensor(theirs["output"]), ours.logits, rtol=0, atol=1e-6)
+    assert theirs["counts"] == ours.token_trace.counts.tolist()
+    with pytest.raises(RuntimeError, match="does not load without the package"):
+        run_in_fresh_process(tmp_path / "nothing", lists, ["AutoModel"])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "wish, words",
+    [
+        (["--pruning", '{"preset": "top_k", "keep_rate": 1.3}'], "keep_rate (1.3) must be in (0, 1]"),
+        (["--dataset_name", "reuters-r8", "--label_column", "topic"], "column 'topic' is not in reuters-r8"),
+        (["--model_name_or_path", "/no/such/model"], "/no/such/model"),
+    ],
+    ids=["pruning", "column", "model"],
+)
+def test_quickstart_ends_with_one_sentence(wish, words, tmp_path):
+    command = [sys.executable, str(SCRIPTS / "run_quickstart.py"), "--output_dir", str(tmp_path)]
+    model = [] if "--model_name_or_path" in wish else ["--model_name_or_path", "bert-tiny"]
+    done = subprocess.run([*command, *model, *wish], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert words in done.stderr and "Traceback" not in done.stderr
