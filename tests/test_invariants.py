@@ -416,7 +416,9 @@ def test_bfloat16(case):
     check()
 
 
-@pytest.mark.parametrize("layout", [PackedRows([7, 7], torch.device("cpu")), PaddedRows(torch.ones(2, 7).bool(), True)])
+@pytest.mark.parametrize(
+    "layout", [PackedRows((7, 7), torch.device("cpu")), PaddedRows(torch.ones(2, 7).bool(), True, (7, 7))]
+)
 def test_scores_are_float32_whatever_the_precision_around_them(layout):
     generator = torch.Generator().manual_seed(0)
     rows = (1, 14, 32) if isinstance(layout, PackedRows) else (2, 7, 32)

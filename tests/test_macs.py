@@ -25,9 +25,18 @@ A_LAYER = re.compile(r"\.layers?\.\d+$")
 CASE = pytest.mark.parametrize("case", ALL)
 
 
+def _flops_of_a_product(left: object, right: object, out_shape: torch.Size, **_: object) -> int:
+    """The class token's row is multiplied token by token and summed by head; scalings are not counted."""
+    tokens = all(
+        isinstance(shape, torch.Size) and shape[-1:] == out_shape[-1:] and len(shape) > 1 for shape in (left, right)
+    )
+    return 2 * out_shape.numel() if tokens else 0
+
+
 def _counted_macs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[int]:
     """What torch counts inside each encoder layer; embeddings, poolers and classifiers lie outside."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    products = {torch.ops.aten.mul: _flops_of_a_product}
+    with FlopCounterMode(display=False, custom_mapping=products) as counter, torch.no_grad():
         model(**inputs)
     layers = {name: flops for name, flops in counter.get_flop_counts().items() if A_LAYER.search(name)}
     assert len(layers) == LAYERS

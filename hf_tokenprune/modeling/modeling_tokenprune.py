@@ -8,6 +8,7 @@ how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,18 @@ import torch
 import transformers
 from packaging import version
 from torch import nn
+from torch.profiler import record_function
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .pruning_config import PruningConfig, Site
-from .selection import select, shapes_only
+from .selection import select
 from .token_attention import AttentionKernel, attend, first_token_scores, maps_at_positions, received_scores
 from .token_outputs import EncoderCall, LayerWork
-from .token_state import TokenState, start_state
+from .token_state import TokenState, shapes_only, start_state
+
+
+# Rows that a feed-forward takes at a time on a CPU: enough for full speed, few enough for its caches.
+FEED_FORWARD_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class LayerPlan:
     pruning: PruningConfig | None
     first_token_only: bool
     all_queries: bool
+
+
+def step(name: str) -> AbstractContextManager:
+    """Names what pruning adds, for the profiler; nothing under compile and export."""
+    return nullcontext() if shapes_only() else record_function(f"tokenprune: {name}")
 
 
 class TokenPruneLayer:
@@ -95,49 +106,67 @@ class TokenPruneLayer:
     ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
         """hidden [.., D], laid out as `state.layout` -> the same after the layer, the new state, and the attention map
         [B, H, N, N] if the kernel gives weights and positions are followed."""
+        hidden, state, attention_map = self._attention_half(hidden, state, plan, config)
+        return self._feed_forward_half(hidden), state, attention_map
+
+    def _attention_half(
+        self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
+    ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
         module = self.attention_module
         kernel = AttentionKernel(config, module, self.eager_attention, module.scaling, self.attention_dropout)
         source = self.attention_input(hidden)
         key, value = self.key(source), self.value(source)
-        query = None
-        kept = state
+        kept, query = state, None
         if plan.first_token_only:
-            hidden, source = state.layout.first(hidden), state.layout.first(source)
             kept = state.only_first()
         elif plan.site is not None:
             if plan.all_queries or plan.site.saliency == "received_attention":
                 query = self.query(source)
-            selection = select(self._scores(plan.site, source, query, key, state), state, plan.site, plan.pruning)
-            if not plan.all_queries:
-                take = state.layout.take
-                hidden, source = take(hidden, selection), take(source, selection)
-                query = None if query is None else take(query, selection)
-            kept = state.after(selection)
-        queries = state if plan.all_queries else kept
+            with torch.no_grad(), step(f"layer {plan.site.layer}: score and select"):
+                kept = self._survivors(source, query, key, state, plan)
+        asking = state if plan.all_queries else kept
+        if asking is not state:
+            with step("take the survivors"):
+                residual = asking.layout.take(hidden)
+                source = residual if source is hidden else asking.layout.take(source)
+                query = None if query is None else asking.layout.take(query)
+                hidden = residual
         query = self.query(source) if query is None else query
-        context, maps = attend(kernel, *map(self._split, (query, key, value)), queries.layout, state.layout)
+        context, maps = attend(kernel, *map(self._split, (query, key, value)), asking.layout, state.layout)
         hidden = self.attention_output(context, hidden)
-        if plan.all_queries and plan.site is not None:
-            hidden = state.layout.take(hidden, selection)
-        hidden = self.feed_forward_block(hidden)
-        attention_map = None
-        if maps and state.positions is not None:
-            attention_map = maps_at_positions(
-                maps, queries.layout, state.layout, queries.positions, state.positions, state.length
-            )
-        return hidden, kept, attention_map
+        if kept is not asking:
+            hidden = kept.layout.take(hidden)
+        if not maps or state.positions is None:
+            return hidden, kept, None
+        positions = asking.positions, state.positions
+        return hidden, kept, maps_at_positions(maps, asking.layout, state.layout, *positions, state.length)
+
+    def _survivors(
+        self,
+        source: torch.Tensor,
+        query: torch.Tensor | None,
+        key: torch.Tensor,
+        state: TokenState,
+        plan: LayerPlan,
+    ) -> TokenState:
+        module, layout = self.attention_module, state.layout
+        if plan.site.saliency == "received_attention":
+            scores = received_scores(query, key, layout, module.scaling, module.num_attention_heads)
+        else:
+            first = self.query(layout.first(source)) if query is None else layout.first(query)
+            scores = first_token_scores(first, key, layout, module.scaling, module.num_attention_heads)
+        return state.after(select(scores, state, plan.site, plan.pruning))
+
+    def _feed_forward_half(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Part by part where no gradient is asked for, so that the widened states stay small and near."""
+        rows = hidden.shape[0] * hidden.shape[1]
+        if torch.is_grad_enabled() or shapes_only() or rows < 2 * FEED_FORWARD_ROWS or hidden.device.type != "cpu":
+            return self.feed_forward_block(hidden)
+        parts = hidden.flatten(0, 1).tensor_split(rows // FEED_FORWARD_ROWS)
+        return torch.cat([self.feed_forward_block(part) for part in parts]).view_as(hidden)
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # [.., H, d]
-
-    def _scores(
-        self, site: Site, source: torch.Tensor, query: torch.Tensor | None, key: torch.Tensor, state: TokenState
-    ) -> torch.Tensor:  # [B, K]
-        scaling, heads = self.attention_module.scaling, self.attention_module.num_attention_heads
-        if site.saliency == "received_attention":
-            return received_scores(query, key, state.layout, scaling, heads)
-        first = self.query(state.layout.first(source)) if query is None else state.layout.first(query)
-        return first_token_scores(first, key, state.layout, scaling, heads)
 
 
 class Prunable:
@@ -289,8 +318,7 @@ class TokenPruneModel(Prunable):
     def _sequence_outputs(
         self, hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None, call: EncoderCall
     ) -> dict[str, torch.Tensor | None]:
-        first = state.layout.first(hidden).reshape(-1, 1, hidden.shape[-1])  # [B, 1, D]
-        first = self.final_norm(first)
+        first = self.final_norm(state.layout.first(hidden)[:, None])  # [B, 1, D]
         outputs = {"pooler_output": self.pool(first)}
         if not call.whole_sequence:
             return outputs | {"last_hidden_state": first}
@@ -316,9 +344,7 @@ def _token_mask(mask: torch.Tensor | None, batch: int, length: int, device: torc
             f"attention_mask's shape ({list(mask.shape)}) must be [batch, length], here {[batch, length]}: a token is "
             "there or not"
         )
-    mask = mask.to(device=device, dtype=torch.bool)
-    # The check costs one synchronisation on an accelerator and saves the mask from every layer.
-    return mask if shapes_only() or not mask.all() else None
+    return mask.to(device=device, dtype=torch.bool)
 
 
 def _deposit(hidden: torch.Tensor, before: TokenState, after: TokenState, bank: torch.Tensor | None) -> torch.Tensor:

@@ -6,19 +6,17 @@ padding or the layout. Counts are integers; ties go to the earlier row.
 Shapes: B samples, K rows.
 """
 
+from typing import Any
+
 import torch
 
 from .pruning_config import PruningConfig, Site, keep_count
-from .token_state import Selection, TokenState
+from .token_state import Selection, TokenState, on_device, shapes_only
 
 
-# Steps of a millionth: ten times the rounding error of a float32 softmax, a thousandth of the usual gap between scores.
+# Steps of a millionth of the average token: ten times the rounding error of a float32 softmax, a thousandth of the
+# usual gap between scores.
 _GRID = 2.0**20
-
-
-def shapes_only() -> bool:
-    """Whether sizes must follow from shapes alone: under compile, export and tracing."""
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def select(scores: torch.Tensor, state: TokenState, site: Site, config: PruningConfig) -> Selection:
@@ -27,56 +25,89 @@ def select(scores: torch.Tensor, state: TokenState, site: Site, config: PruningC
     Args:
         scores: float32 [B, K], one per row; dead rows are ignored.
     """
-    relative = _relative(scores, state)
-    ranks = _ranks(relative, state)
+    keys = _keys(scores.detach(), state)
     if site.rule == "keep_rate":
-        keep = ranks < _budgets(state, site.value, config.min_tokens)[:, None]
-        return _selection(keep, state, *_bound(state, site.value, config.min_tokens))
-    keep = (relative >= site.value) | state.protected | (ranks < config.min_tokens)
-    return _selection(keep & state.alive, state, state.layout.rows if shapes_only() else None)
+        return _best(keys, state, site.value, config.min_tokens)
+    return _above(keys, state, site.value, config.min_tokens)
 
 
-def _relative(scores: torch.Tensor, state: TokenState) -> torch.Tensor:
-    """Length-invariant scores: 1 is the average token's share. Scores closer than rounding errors become equal, so that
-    ties are ties and uniform attention scores 1 at every length."""  # [B, K]
-    return (scores * state.counts[:, None] * _GRID).round() / _GRID
+def _keys(scores: torch.Tensor, state: TokenState) -> torch.Tensor:  # [B, K]
+    """Length-invariant scores in whole steps of the grid, so that scores which differ by rounding errors are ties and
+    uniform attention scores the same at every length. Protected rows are above all others, dead rows below."""
+    layout = state.layout
+    average = layout.rows * _GRID if layout.full else layout.counts[:, None] * _GRID
+    keys = (scores * average).round_().nan_to_num_(nan=-1.0)
+    if not layout.full:
+        keys.masked_fill_(~layout.alive, -torch.inf)
+    if state.protected is not None:
+        return keys.masked_fill_(state.protected, torch.inf)
+    if layout.full:
+        keys[:, : state.prefix] = torch.inf
+        return keys
+    return keys.masked_fill_(layout.alive & (layout.alive.cumsum(dim=1) <= state.prefix), torch.inf)
 
 
-def _ranks(scores: torch.Tensor, state: TokenState) -> torch.Tensor:
-    """0 for the best row of each sample; protected rows first, dead rows last."""  # [B, K]
-    worst = torch.finfo(scores.dtype).min
-    keys = scores.nan_to_num(nan=worst).masked_fill(state.protected, torch.inf).masked_fill(~state.alive, -torch.inf)
-    return keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+def _best(keys: torch.Tensor, state: TokenState, rate: float, min_tokens: int) -> Selection:
+    """Each sample's budget of best rows."""
+    rows, budgets = _budgets(state, rate, min_tokens)
+    best = keys.argsort(dim=1, descending=True, stable=True)[:, :rows]
+    if budgets is None:
+        lengths = None if state.layout.lengths is None else (rows,) * keys.shape[0]
+        return Selection(best.sort(dim=1).values, None, lengths)
+    lengths = budgets if isinstance(budgets, tuple) else None
+    budgets = on_device(budgets, keys.device)
+    alive = torch.arange(rows, device=keys.device) < budgets[:, None]
+    total = keys.shape[1]
+    home = torch.where(alive, best, best + total).sort(dim=1).values % total  # the rest goes to the end
+    return Selection(home, alive, lengths)
 
 
-def _budgets(state: TokenState, rate: float, min_tokens: int) -> torch.Tensor:
-    """Rows that each sample keeps, its structural prefix included; protected rows never overrun."""  # [B]
-    prefix = state.initial.clamp(max=state.prefix)
-    budgets = prefix + keep_count(state.initial - prefix, rate)
-    return budgets.clamp(min=min_tokens).maximum(state.protected.sum(dim=1)).minimum(state.counts)
-
-
-def _bound(state: TokenState, rate: float, min_tokens: int) -> tuple[int | None, bool]:
-    """How many rows hold every sample's budget, where that is known without looking at tensors (None where it is not),
-    and whether every budget is just that."""
-    uniform = state.uniform_length is not None and state.layout.full and state.fixed_protection
-    if not uniform and not shapes_only():
-        return None, False
-    length = state.uniform_length if uniform else state.length
-    prefix = min(state.prefix, length)
-    return min(max(prefix + keep_count(length - prefix, rate), min_tokens), state.layout.rows), uniform
-
-
-def _selection(keep: torch.Tensor, state: TokenState, rows: int | None, full: bool = False) -> Selection:
-    """The kept rows in their order.
-
-    Args:
-        keep: bool [B, K]. rows: how many rows the result has, where that is known; full: whether all will be alive.
-    """
+def _above(keys: torch.Tensor, state: TokenState, threshold: float, min_tokens: int) -> Selection:
+    """The rows that reach the threshold; protected rows and the `min_tokens` best are always among them."""
+    keep = keys >= threshold * _GRID
+    if min_tokens > 1:
+        keep |= keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < min_tokens
+    if not state.layout.full:
+        keep &= state.layout.alive
     lengths = None
-    if rows is None:
-        lengths = keep.sum(dim=1).tolist()  # a synchronisation on an accelerator
-        rows = max(lengths)
-        full = min(lengths) == rows
-    home = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :rows]
-    return Selection(home=home, alive=keep.gather(1, home), full=full, known_lengths=lengths)
+    home = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    if not shapes_only():
+        lengths = tuple(keep.sum(dim=1).tolist())  # a synchronisation on an accelerator
+        home = home[:, : max(lengths)]
+        if min(lengths) == max(lengths):
+            return Selection(home, None, lengths)
+    return Selection(home, keep.gather(1, home), lengths)
+
+
+def _budgets(state: TokenState, rate: float, min_tokens: int) -> tuple[int, tuple[int, ...] | torch.Tensor | None]:
+    """How many rows hold every sample's budget, and each sample's own, None: just as many."""
+
+    def budget(initial: Any, protected: Any, alive: Any) -> Any:
+        prefix = _least(initial, state.prefix)
+        kept = prefix + keep_count(initial - prefix, rate)
+        kept = _most(kept, min_tokens)
+        return _least(kept if protected is None else _most(kept, protected), alive)
+
+    lengths = state.layout.lengths
+    if lengths is not None:
+        protected = state.protected_counts or (None,) * len(lengths)
+        budgets = tuple(map(budget, state.initial, protected, lengths))
+        return max(budgets), None if min(budgets) == max(budgets) else budgets
+    rows = budget(state.length, None, state.layout.rows)
+    if state.layout.full and state.protected_counts is None:
+        return rows, None
+    return rows, budget(state.initial, state.protected_counts, state.counts).clamp(max=rows)
+
+
+def _least(a: Any, b: Any) -> Any:
+    """The smaller of two ints, symbolic sizes or integer tensors (the first, if one is a tensor)."""
+    if isinstance(a, torch.Tensor):
+        return a.minimum(b) if isinstance(b, torch.Tensor) else a.clamp(max=b)
+    return torch.sym_min(a, b)
+
+
+def _most(a: Any, b: Any) -> Any:
+    """The larger one, likewise."""
+    if isinstance(a, torch.Tensor):
+        return a.maximum(b) if isinstance(b, torch.Tensor) else a.clamp(min=b)
+    return torch.sym_max(a, b)

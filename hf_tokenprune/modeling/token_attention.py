@@ -83,8 +83,8 @@ def attend(
     """
     if isinstance(keys, PackedRows):
         return _attend_packed(kernel, query, key, value, queries, keys)
-    visible = keys.visible if isinstance(keys, MaskedRows) else keys.alive
-    mask = None if keys.full else kernel.mask(query, key, visible)
+    masked = isinstance(keys, MaskedRows)
+    mask = kernel.mask(query, key, keys.visible if masked else keys.alive) if masked or not keys.full else None
     context, weights = kernel(query, key, value, mask)
     return context.flatten(2), [] if weights is None else [weights]
 
@@ -131,7 +131,7 @@ def attend_by_padding(
     """Packed rows through one padded call: the attention alone pays for padding. Returns the context [1, T, A]."""
     query, key, value = queries.spread(query), keys.spread(key), keys.spread(value)
     context, _ = kernel(query, key, value, kernel.mask(query, key, keys.alive))
-    return context.flatten(2)[queries.alive][None]
+    return context.flatten(2).flatten(0, 1).index_select(0, queries.cells)[None]
 
 
 def has_varlen(query: torch.Tensor) -> bool:
@@ -175,24 +175,22 @@ def first_token_scores(
 ) -> torch.Tensor:
     """The class token's attention to the alive rows of its sample, mean over heads, in float32.
 
+    One row of the map: its logits are taken token by token, so that a score does not depend on what lies beside it.
+
     Args:
-        query: each sample's first query, `keys.first(...)` of the projection, holding B rows of A features.
+        query: each sample's first query [B, A].
         key: [.., A] laid out as `keys`.
 
     Returns:
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
-    query = query.reshape(-1, heads, 1, query.shape[-1] // heads).float() * scaling  # [B, H, 1, d]
-    with _without_autocast(key):
-        if not isinstance(keys, PackedRows):
-            logits = query @ _heads(keys.spread(key), heads).mT.float()  # [B, H, 1, K]
-            return logits.squeeze(2).masked_fill(~keys.alive[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
-        scores = query.new_zeros(len(keys.lengths), keys.rows)
-        for run in keys.runs(keys):
-            run_key = _heads(key[0, run.keys].unflatten(0, (run.count, -1)), heads).float()  # [b, H, n, d]
-            row = (query[run.samples] @ run_key.mT).squeeze(2).softmax(dim=-1).mean(dim=1)
-            scores[run.samples, : row.shape[1]] = row
-    return scores
+    query = query.float() * scaling
+    if keys.full:
+        logits = _by_head(keys.spread(key).float() * query[:, None], heads).sum(dim=-1)
+        return logits.softmax(dim=1).mean(dim=2)
+    logits = _by_head(key.float() * keys.share(query), heads).sum(dim=-1)  # [.., H]
+    logits = keys.spread(logits).masked_fill(~keys.alive[:, :, None], -torch.inf)  # [B, K, H]
+    return logits.softmax(dim=1).mean(dim=2)
 
 
 def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scaling: float, heads: int) -> torch.Tensor:
@@ -205,9 +203,11 @@ def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scalin
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
     with _without_autocast(query):
+        if rows.full:
+            return _received(rows.spread(query), rows.spread(key), None, scaling, heads)
         if not isinstance(rows, PackedRows):
             return _received(rows.spread(query), rows.spread(key), rows.alive, scaling, heads)
-        scores = torch.zeros(len(rows.lengths), rows.rows, device=query.device)
+        scores = torch.zeros(rows.samples, rows.rows, device=query.device)
         for run in rows.runs(rows):
             parts = (x[0, run.keys].unflatten(0, (run.count, -1)) for x in (query, key))
             received = _received(*parts, None, scaling, heads)
@@ -219,7 +219,7 @@ def _received(
     query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor | None, scaling: float, heads: int
 ) -> torch.Tensor:
     """query, key [b, n, A]; alive [b, n], None: all -> [b, n]"""
-    query, key = (_heads(x, heads).float() for x in (query, key))  # [b, H, n, d]
+    query, key = (_by_head(x, heads).transpose(1, 2).float() for x in (query, key))  # [b, H, n, d]
     logits = (query * scaling) @ key.mT  # [b, H, n, n]
     if alive is None:
         return logits.softmax(dim=-1).mean(dim=(1, 2))
@@ -234,9 +234,9 @@ def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, K, A] -> [B, H, K, d]"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[.., A] -> [.., H, d]"""
+    return x.unflatten(-1, (heads, -1))
 
 
 def maps_at_positions(

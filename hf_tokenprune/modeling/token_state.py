@@ -7,35 +7,44 @@ sample has. How rows lie in memory is the business of a layout, one per executio
     PaddedRows   [B, K, D]  the rows themselves, with a mask
     MaskedRows   [B, N, D]  every token stays where it was; reduced ones are hidden
 
+How many tokens each sample has is known on the host in eager mode: it is read once at the input, and after that only
+where the scores themselves decide it. Under compile and export sizes follow from shapes alone.
+
 Shapes: B samples, N input length, K rows, T alive tokens of the batch, D features, H heads.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
+
+
+Ints = tuple[int, ...]
+
+
+def shapes_only() -> bool:
+    """Whether sizes must follow from shapes alone: under compile, export and tracing."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def on_device(numbers: Any, device: torch.device) -> torch.Tensor:
+    """Host numbers as a tensor, without waiting for the device."""
+    return torch.as_tensor(numbers).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which rows stay.
 
-    home: the row each kept row comes from, no row twice, dead rows included.  # long [B, K']
-    alive: which of the K' rows are tokens.                                    # bool [B, K']
-    full: known to be alive throughout, without looking at the tensor.
+    home: the row each kept row comes from, rising among the alive ones, no row twice.  # long [B, K']
+    alive: which of the K' rows are tokens, None: all.                                  # bool [B, K']
+    lengths: tokens per sample, on the host; None under compile and export.
     """
 
     home: torch.Tensor
-    alive: torch.Tensor
-    full: bool
-    known_lengths: list[int] | None = None
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens per sample, on the host."""
-        if self.full:
-            return [self.alive.shape[1]] * self.alive.shape[0]
-        return self.alive.sum(dim=1).tolist() if self.known_lengths is None else self.known_lengths
+    alive: torch.Tensor | None
+    lengths: Ints | None
 
 
 @dataclass(frozen=True)
@@ -51,40 +60,62 @@ class Run:
 class PackedRows:
     """All alive tokens of the batch in one row `[1, T, D]`, sample after sample."""
 
-    def __init__(self, lengths: list[int], device: torch.device, entry: torch.Tensor | None = None):
-        """lengths: alive tokens per sample. entry: where the tokens lay in the flattened padded input, long [T]."""
+    def __init__(self, lengths: Ints, device: torch.device, origin: torch.Tensor | None = None):
+        """lengths: alive tokens per sample. origin: where each row lay before, in the flattened padded input or in the
+        packed row that these rows were taken from, long [B, K]; None: in the same place."""
         self.lengths = lengths
         self.device = device
-        self._entry = entry
+        self._origin = origin
+        self.samples = len(lengths)
         self.rows = max(lengths)
         self.full = min(lengths) == self.rows
+        self.tokens = sum(lengths)
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """Alive tokens per sample."""  # long [B]
+        return on_device(self.lengths, self.device)
 
     @cached_property
     def ends(self) -> torch.Tensor:
         """Cumulative lengths from 0, as varlen kernels take them."""  # int32 [B + 1]
-        return torch.tensor([0, *self.lengths], device=self.device).cumsum(0, dtype=torch.int32)
+        return on_device(torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32), self.device)
 
     @cached_property
     def starts(self) -> torch.Tensor:  # [B]
+        if self.full:
+            return torch.arange(0, self.tokens, self.rows, device=self.device)
         return self.ends[:-1].long()
 
     @cached_property
     def alive(self) -> torch.Tensor:  # [B, K]
-        counts = torch.tensor(self.lengths, device=self.device)
-        return torch.arange(self.rows, device=self.device) < counts[:, None]
+        return torch.arange(self.rows, device=self.device) < self.counts[:, None]
+
+    @cached_property
+    def cells(self) -> torch.Tensor:
+        """Where each token lies in the flattened rows [B * K]."""  # long [T]
+        alive = torch.arange(self.rows) < torch.tensor(self.lengths)[:, None]
+        return on_device(alive.flatten().nonzero().squeeze(1), self.device)
+
+    @cached_property
+    def sample(self) -> torch.Tensor:
+        """The sample of each token."""  # long [T]
+        return self.cells // self.rows
 
     @cached_property
     def row_index(self) -> torch.Tensor:
         """Where row k of sample b lies in the packed row; dead rows point at a token of the next sample."""  # [B, K]
         index = self.starts[:, None] + torch.arange(self.rows, device=self.device)
-        return index if self.full else index.clamp(max=sum(self.lengths) - 1)
+        return index if self.full else index.clamp(max=self.tokens - 1)
 
     def runs(self, keys: "PackedRows") -> list[Run]:
         """Groups neighbouring samples whose lengths agree, here (the queries) and in `keys`."""
+        if self.full and keys.full:
+            return [Run(slice(0, self.samples), slice(0, self.tokens), slice(0, keys.tokens), self.samples)]
         runs: list[Run] = []
         query_start = key_start = first = 0
         for sample, pair in enumerate(zip(self.lengths, keys.lengths)):
-            last = sample + 1 == len(self.lengths)
+            last = sample + 1 == self.samples
             if not last and pair == (self.lengths[sample + 1], keys.lengths[sample + 1]):
                 continue
             count = sample + 1 - first
@@ -95,81 +126,101 @@ class PackedRows:
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Brings a padded input `[B, N, ...]` into this layout."""
-        flat = x.flatten(0, 1)
-        return (flat if self._entry is None else flat.index_select(0, self._entry))[None]
+        return self.take(x.flatten(0, 1)[None])
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """Brings what lies in the layout that these rows were taken from into this one."""
+        return x if self._origin is None else x.index_select(1, self._index)
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        """Where each token lay before."""  # long [T]
+        origin = self._origin.flatten()
+        return origin if self.full else origin.index_select(0, self.cells)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """The rows `[B, K, ...]`; dead rows hold anything finite."""
         if self.full:
-            return x.view(len(self.lengths), self.rows, *x.shape[2:])
+            return x.view(self.samples, self.rows, *x.shape[2:])
         return x[0, self.row_index]
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """Gives what each sample has, `[B, ...]`, to each of its tokens."""
+        return x.index_select(0, self.sample)[None]
 
     def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Reads `x` at rows `[B, M]`: `[B, M, ...]`."""
         return x[0, (rows + self.starts[:, None]).clamp(0, x.shape[1] - 1)]
 
-    def take(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
-        """Only the rows that stay, packed again."""
-        index = selection.home + self.starts[:, None]
-        index = index.flatten() if selection.full else index[selection.alive]
-        return x.index_select(1, index)
-
     def after(self, selection: Selection) -> "PackedRows":
-        return PackedRows(selection.lengths, self.device)
-
-    def first(self, x: torch.Tensor) -> torch.Tensor:
-        """Each sample's first token as `[1, B, ...]`."""
-        return x.index_select(1, self.starts)
+        return PackedRows(selection.lengths, self.device, selection.home + self.starts[:, None])
 
     def only_first(self) -> "PackedRows":
-        return PackedRows([1] * len(self.lengths), self.device)
+        return PackedRows((1,) * self.samples, self.device, self.starts[:, None])
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        """Each sample's first token, `[B, ...]`."""
+        return self.spread(x)[:, 0] if self.full else x[0].index_select(0, self.starts)
 
 
 class PaddedRows:
     """The rows themselves, `[B, K, D]`, with a mask."""
 
-    def __init__(self, alive: torch.Tensor, full: bool):
-        self.alive = alive  # [B, K]
+    def __init__(self, alive: torch.Tensor, full: bool, lengths: Ints | None = None, index: torch.Tensor | None = None):
+        """alive: bool [B, K]. full: known to be True throughout. lengths: alive tokens per sample, None under compile
+        and export. index: the rows that these were taken from, long [B, K]; None: the same."""
+        self.alive = alive
         self.full = full
+        self.lengths = lengths
+        self._index = index
         self.rows = alive.shape[1]
 
     @property
-    def first_row(self) -> torch.Tensor:  # [B, 1]
-        return self.alive.to(torch.int32).argmax(dim=1, keepdim=True)
+    def counts(self) -> torch.Tensor:  # long [B]
+        return self.alive.sum(dim=1)
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self._index is None else _gather(x, self._index)
+
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        index = rows.clamp(min=0).view(*rows.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-        return x.gather(1, index)
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, None]
 
-    def take(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
-        return self.gather(x, selection.home)
+    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return _gather(x, rows.clamp(min=0))
 
     def after(self, selection: Selection) -> "PaddedRows":
-        return PaddedRows(selection.alive, selection.full)
-
-    def first(self, x: torch.Tensor) -> torch.Tensor:
-        """Each sample's first token as `[B, 1, ...]`."""
-        return x[:, :1] if self.full else self.gather(x, self.first_row)
+        alive, full = _alive(selection)
+        return PaddedRows(alive, full, selection.lengths, selection.home)
 
     def only_first(self) -> "PaddedRows":
-        return PaddedRows(self.alive.new_ones(self.alive.shape[0], 1), full=True)
+        return _only_first(self, _first_row(self.alive, self.full))
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        """Each sample's first token, `[B, ...]`."""
+        return _gather(x, _first_row(self.alive, self.full))[:, 0]
 
 
 class MaskedRows:
     """Every token stays at its place in `[B, N, D]`; `slots` says where the rows are."""
 
-    def __init__(self, slots: torch.Tensor, alive: torch.Tensor, length: int):
-        self.slots = slots  # [B, K]
-        self.alive = alive  # [B, K]
+    def __init__(self, slots: torch.Tensor, alive: torch.Tensor, full: bool, length: int, lengths: Ints | None = None):
+        """slots: long [B, K], no place twice. alive, full, lengths: as `PaddedRows` has them. length: N."""
+        self.slots = slots
+        self.alive = alive
+        self.full = full
         self.length = length
+        self.lengths = lengths
         self.rows = alive.shape[1]
-        self.full = False
+
+    @property
+    def counts(self) -> torch.Tensor:  # long [B]
+        return self.alive.sum(dim=1)
 
     @property
     def visible(self) -> torch.Tensor:
@@ -180,28 +231,50 @@ class MaskedRows:
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        return PaddedRows(self.alive, self.full).gather(x, self.slots)
-
-    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return PaddedRows(self.alive, self.full).gather(x, self.slots.gather(1, rows.clamp(min=0)))
-
-    def take(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
+    def take(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def after(self, selection: Selection) -> "MaskedRows":
-        # All K homes are kept distinct, so that `visible` never writes one place twice.
-        return MaskedRows(self.slots.gather(1, selection.home), selection.alive, self.length)
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        return _gather(x, self.slots)
 
-    def first(self, x: torch.Tensor) -> torch.Tensor:
-        """Each sample's first token as `[B, 1, ...]`."""
-        return self.gather(x, PaddedRows(self.alive, self.full).first_row)
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, None]
+
+    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return _gather(x, self.slots.gather(1, rows.clamp(min=0)))
+
+    def after(self, selection: Selection) -> "MaskedRows":
+        alive, full = _alive(selection)
+        return MaskedRows(self.slots.gather(1, selection.home), alive, full, self.length, selection.lengths)
 
     def only_first(self) -> PaddedRows:
-        return PaddedRows(self.alive, self.full).only_first()
+        return _only_first(self, self.slots.gather(1, _first_row(self.alive, self.full)))
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        """Each sample's first token, `[B, ...]`."""
+        return _gather(x, self.slots.gather(1, _first_row(self.alive, self.full)))[:, 0]
 
 
 Layout = PackedRows | PaddedRows | MaskedRows
+
+
+def _gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x [B, K, ...] at rows [B, M] -> [B, M, ...]"""
+    return x.gather(1, rows.view(*rows.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def _first_row(alive: torch.Tensor, full: bool) -> torch.Tensor:  # long [B, 1]
+    return alive.new_zeros(alive.shape[0], 1).long() if full else alive.to(torch.int32).argmax(dim=1, keepdim=True)
+
+
+def _only_first(layout: PaddedRows | MaskedRows, index: torch.Tensor) -> PaddedRows:
+    lengths = None if layout.lengths is None else (1,) * len(layout.lengths)
+    return PaddedRows(torch.ones_like(index, dtype=torch.bool), True, lengths, index)
+
+
+def _alive(selection: Selection) -> tuple[torch.Tensor, bool]:
+    full = selection.alive is None
+    return torch.ones_like(selection.home, dtype=torch.bool) if full else selection.alive, full
 
 
 @dataclass(frozen=True)
@@ -210,48 +283,48 @@ class TokenState:
 
     layout: how the rows lie in memory, and which are alive.
     length: N, the padded length of the input.
-    uniform_length: the tokens of every sample at the input, where all have as many and that is known on the host.
-    initial: tokens of each sample at the input, prefix included.                            # long [B]
     prefix: structural tokens at the front of each sample ([CLS], registers, distillation).
-    protected: rows that every method keeps.                                                 # bool [B, K]
-    fixed_protection: protection is the prefix alone, so counts follow from lengths.
+    initial: tokens of each sample at the input, prefix included; [B] under compile and export.
+    protected: rows that every method keeps, prefix included; None: the prefix alone.        # bool [B, K]
+    protected_counts: how many those are, per sample; [B] under compile and export; None likewise.
     positions: the original position of each row; None where nobody asks.                    # long [B, K]
     carrier: the row that carries each original position, -1 where it is gone; None likewise. # long [B, N]
     """
 
     layout: Layout
     length: int
-    uniform_length: int | None
-    initial: torch.Tensor
     prefix: int
-    protected: torch.Tensor
-    fixed_protection: bool
+    initial: Ints | torch.Tensor
+    protected: torch.Tensor | None
+    protected_counts: Ints | torch.Tensor | None
     positions: torch.Tensor | None
     carrier: torch.Tensor | None
 
     @property
-    def alive(self) -> torch.Tensor:
+    def alive(self) -> torch.Tensor:  # bool [B, K]
         return self.layout.alive
 
     @property
     def counts(self) -> torch.Tensor:
-        """Alive tokens per sample."""  # [B]
-        return self.alive.sum(dim=1)
+        """Alive tokens per sample."""  # long [B]
+        return self.layout.counts
 
     def after(self, selection: Selection) -> "TokenState":
         """The state once only the selected rows are left."""
-        return replace(
-            self,
-            layout=self.layout.after(selection),
-            protected=self.protected.gather(1, selection.home) & selection.alive,
-            positions=None if self.positions is None else self.positions.gather(1, selection.home),
-            carrier=None if self.carrier is None else _follow(self.carrier, self.alive, selection),
-        )
+        layout = self.layout.after(selection)
+        followed: dict[str, Any] = {}
+        if self.protected is not None:
+            followed["protected"] = self.protected.gather(1, selection.home) & layout.alive
+        if self.carrier is not None:
+            followed["positions"] = self.positions.gather(1, selection.home)
+            followed["carrier"] = _follow(self.carrier, self.alive, selection.home, layout.alive)
+        return replace(self, layout=layout, **followed)
 
     def only_first(self) -> "TokenState":
         """The state once only each sample's first token is left, with nothing followed any more."""
-        layout = self.layout.only_first()
-        return replace(self, layout=layout, protected=layout.alive, positions=None, carrier=None)
+        return replace(
+            self, layout=self.layout.only_first(), protected=None, protected_counts=None, positions=None, carrier=None
+        )
 
     def ranked_carrier(self) -> torch.Tensor:
         """`carrier` in ranks among the alive tokens of the own sample, -1 where the token is gone."""  # [B, N]
@@ -259,10 +332,10 @@ class TokenState:
         return torch.where(self.carrier >= 0, ranks.gather(1, self.carrier.clamp(min=0)), -1)
 
 
-def _follow(carrier: torch.Tensor, alive: torch.Tensor, selection: Selection) -> torch.Tensor:
-    rows = torch.arange(selection.home.shape[1], device=carrier.device).expand_as(selection.home)
-    target = torch.full(alive.shape, -1, dtype=torch.long, device=carrier.device)
-    target = target.scatter(1, selection.home, torch.where(selection.alive, rows, -1))  # [B, K]
+def _follow(carrier: torch.Tensor, before: torch.Tensor, home: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(home.shape[1], device=home.device).expand_as(home)
+    target = torch.full(before.shape, -1, dtype=torch.long, device=home.device)
+    target = target.scatter(1, home, torch.where(alive, rows, -1))  # [B, K]
     return torch.where(carrier >= 0, target.gather(1, carrier.clamp(min=0)), -1)
 
 
@@ -286,37 +359,73 @@ def start_state(
         protected_tokens: bool [B, N], further tokens that every method keeps.
         track: whether positions are followed, for traces, restored sequences and maps.
     """
-    positions = torch.arange(length, device=device).expand(batch, length)
-    if mask is None:
-        alive = torch.ones(batch, length, dtype=torch.bool, device=device)
-    else:
-        none_alive = ~mask.any(dim=1, keepdim=True)
-        alive = mask | (none_alive & (positions == 0))
-    ranks = alive.cumsum(dim=1)  # from 1
-    protected = alive & (ranks <= prefix)
+    alive = None if mask is None else _with_one_token(mask)
+    protected = None
     if protected_tokens is not None:
-        protected = protected | (alive & protected_tokens)
-
-    uniform_length = length if mask is None else None
-    if execution != "packed":
-        layout = PaddedRows(alive, mask is None) if execution == "padded" else MaskedRows(positions, alive, length)
-        carrier = torch.where(alive, positions, -1)
-    elif mask is None:
-        layout, carrier = PackedRows([length] * batch, device), positions
-    else:
-        layout = PackedRows(alive.sum(dim=1).tolist(), device, entry=alive.flatten().nonzero().squeeze(1))
-        uniform_length = layout.rows if layout.full else None
-        carrier = torch.where(alive, ranks - 1, -1)
-        positions = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : layout.rows]
+        there = torch.ones_like(protected_tokens) if alive is None else alive
+        protected = there & (protected_tokens | (there.cumsum(dim=1) <= prefix))
+    lengths, protected_counts = _per_sample(alive, protected, batch, length)
+    if lengths is not None and min(lengths) == length:
+        alive = None
+    places = None
+    if track or execution != "packed" or alive is not None:
+        places = torch.arange(length, device=device).expand(batch, length)
+    layout, positions, carrier = _start_layout(execution, alive, lengths, places, batch, device)
+    if protected is not None and execution == "packed" and alive is not None:
         protected = protected.gather(1, positions)
     return TokenState(
         layout=layout,
         length=length,
-        uniform_length=uniform_length,
-        initial=alive.sum(dim=1),
         prefix=prefix,
+        initial=layout.counts if lengths is None else lengths,
         protected=protected,
-        fixed_protection=protected_tokens is None,
+        protected_counts=protected_counts,
         positions=positions if track else None,
         carrier=carrier if track else None,
     )
+
+
+def _with_one_token(mask: torch.Tensor) -> torch.Tensor:
+    """The mask, in whose empty rows the first place counts."""
+    first = torch.cat([~mask.any(dim=1, keepdim=True), torch.zeros_like(mask[:, 1:])], dim=1)
+    return mask | first
+
+
+def _per_sample(
+    alive: torch.Tensor | None, protected: torch.Tensor | None, batch: int, length: int
+) -> tuple[Ints | None, Ints | torch.Tensor | None]:
+    """Tokens and protected tokens of each sample, on the host by one synchronisation at most; under compile and export
+    no lengths, and the protected counts as a tensor."""
+    counts = None if protected is None else protected.sum(dim=1)
+    if shapes_only():
+        return None, counts
+    if alive is None:
+        return (length,) * batch, None if counts is None else tuple(counts.tolist())
+    lengths = alive.sum(dim=1)
+    if counts is None:
+        return tuple(lengths.tolist()), None
+    return tuple(map(tuple, torch.stack([lengths, counts]).tolist()))
+
+
+def _start_layout(
+    execution: str,
+    alive: torch.Tensor | None,
+    lengths: Ints | None,
+    places: torch.Tensor | None,
+    batch: int,
+    device: torch.device,
+) -> tuple[Layout, torch.Tensor | None, torch.Tensor | None]:
+    """The first layout, with the positions of its rows and the row at each position."""
+    if execution == "packed" and alive is None:
+        return PackedRows(lengths, device), places, places
+    if execution == "packed":
+        # A sort: asking for the places of True would be a synchronisation on an accelerator.
+        positions = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : max(lengths)]
+        origin = positions + torch.arange(batch, device=device)[:, None] * places.shape[1]
+        return PackedRows(lengths, device, origin), positions, torch.where(alive, alive.cumsum(dim=1) - 1, -1)
+    full = alive is None
+    alive = torch.ones_like(places, dtype=torch.bool) if full else alive
+    carrier = torch.where(alive, places, -1)
+    if execution == "padded":
+        return PaddedRows(alive, full, lengths), places, carrier
+    return MaskedRows(places, alive, full, places.shape[1], lengths), places, carrier
