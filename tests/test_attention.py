@@ -29,7 +29,7 @@ def packed(query_lengths: list[int], key_lengths: list[int]) -> tuple:
 
 def kernel(scaling: float = WIDTH**-0.5) -> AttentionKernel:
     BERT._attn_implementation = "sdpa"
-    return AttentionKernel(BERT, BertSelfAttention(BERT).eval(), eager_attention_forward, scaling, 0.0)
+    return AttentionKernel("sdpa", BERT, BertSelfAttention(BERT).eval(), eager_attention_forward, scaling, 0.0)
 
 
 @SHAPES

@@ -25,18 +25,9 @@ A_LAYER = re.compile(r"\.layers?\.\d+$")
 CASE = pytest.mark.parametrize("case", ALL)
 
 
-def _flops_of_a_product(left: object, right: object, out_shape: torch.Size, **_: object) -> int:
-    """The class token's row is multiplied token by token and summed by head; scalings are not counted."""
-    tokens = all(
-        isinstance(shape, torch.Size) and shape[-1:] == out_shape[-1:] and len(shape) > 1 for shape in (left, right)
-    )
-    return 2 * out_shape.numel() if tokens else 0
-
-
 def _counted_macs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[int]:
     """What torch counts inside each encoder layer; embeddings, poolers and classifiers lie outside."""
-    products = {torch.ops.aten.mul: _flops_of_a_product}
-    with FlopCounterMode(display=False, custom_mapping=products) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs)
     layers = {name: flops for name, flops in counter.get_flop_counts().items() if A_LAYER.search(name)}
     assert len(layers) == LAYERS
@@ -160,17 +151,20 @@ def test_padding_and_execution_do_not_count(execution):
     assert count_macs(model, text_inputs([17, 5, 30])) == whole
 
 
-def test_adaptive_counts_are_of_this_very_input():
+@pytest.mark.parametrize("length", [20, 50], ids=["all_queries_at_once", "survivors_alone"])
+def test_adaptive_counts_are_of_this_very_input(length):
+    """So few tokens all ask at once; of more, the class token asks first and the survivors after it."""
     case = Case(BertModel, BERT)
     pruning = PruningConfig.preset("adaptive", layers=[0], threshold=1.0)
     model = prune(build(case), pruning)
     totals = set()
     for seed in range(4):
-        inputs = text_inputs([20], seed=seed)
+        inputs = text_inputs([length], seed=seed)
         with torch.no_grad():
             kept = model(**inputs, output_token_trace=True).token_trace.counts.item()
-        site = 2 * 20 * WIDTH**2 + 2 * kept * (WIDTH**2 + 20 * WIDTH + WIDTH * INNER)
-        score = WIDTH**2 + 20 * WIDTH  # the class token's query, and its row of products
+        queries = length if length == 20 else 1 + kept
+        site = (2 * length + queries + kept) * WIDTH**2 + 2 * kept * (length * WIDTH + WIDTH * INNER)
+        score = length * WIDTH * 4  # the class token's query, in a column for each of its four heads
         macs = count_macs(model, inputs)
         assert macs.per_layer == [site + score] + [_stock(kept)] * (LAYERS - 1)
         totals.add(macs.total)

@@ -23,11 +23,13 @@ from .pruning_config import PruningConfig, Site
 from .selection import select
 from .token_attention import AttentionKernel, attend, first_token_scores, maps_at_positions, received_scores
 from .token_outputs import EncoderCall, LayerWork
-from .token_state import TokenState, shapes_only, start_state
+from .token_state import PackedRows, TokenState, shapes_only, start_state
 
 
 # Rows that a feed-forward takes at a time on a CPU: enough for full speed, few enough for its caches.
-FEED_FORWARD_ROWS = 512
+FEED_FORWARD_ROWS = 256
+# A projection of so few tokens takes as long as that of a single one: the weights are read.
+FEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,23 @@ class LayerPlan:
     """What one layer does in one call.
 
     site: where tokens are reduced, None: nowhere.
+    attention: the attention function's name.
     first_token_only: only each sample's first token leaves the layer.
-    all_queries: every token asks, even if it is dropped here (for complete attention maps).
+    whole_map: every token has its attention row, even if it is dropped here.
     """
 
     site: Site | None
     pruning: PruningConfig | None
+    attention: str
     first_token_only: bool
-    all_queries: bool
+    whole_map: bool
+
+    def asks_all(self, state: TokenState) -> bool:
+        """Whether every token's query is computed, and not the survivors' alone, the class token's before them."""
+        if self.site is None:
+            return not self.first_token_only
+        few = isinstance(state.layout, PackedRows) and state.layout.tokens <= FEW_TOKENS
+        return self.whole_map or few or self.site.saliency == "received_attention"
 
 
 def step(name: str) -> AbstractContextManager:
@@ -113,25 +124,25 @@ class TokenPruneLayer:
         self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
     ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
         module = self.attention_module
-        kernel = AttentionKernel(config, module, self.eager_attention, module.scaling, self.attention_dropout)
         source = self.attention_input(hidden)
         key, value = self.key(source), self.value(source)
-        kept, query = state, None
+        query = self.query(source) if plan.asks_all(state) else None
+        kept = state
         if plan.first_token_only:
             kept = state.only_first()
         elif plan.site is not None:
-            if plan.all_queries or plan.site.saliency == "received_attention":
-                query = self.query(source)
             with torch.no_grad(), step(f"layer {plan.site.layer}: score and select"):
                 kept = self._survivors(source, query, key, state, plan)
-        asking = state if plan.all_queries else kept
+        asking = state if plan.whole_map else kept
         if asking is not state:
-            with step("take the survivors"):
-                residual = asking.layout.take(hidden)
-                source = residual if source is hidden else asking.layout.take(source)
-                query = None if query is None else asking.layout.take(query)
-                hidden = residual
+            residual = asking.layout.take(hidden)
+            source = residual if source is hidden else asking.layout.take(source)
+            query = None if query is None else asking.layout.take(query)
+            hidden = residual
         query = self.query(source) if query is None else query
+        kernel = AttentionKernel(
+            plan.attention, config, module, self.eager_attention, module.scaling, self.attention_dropout
+        )
         context, maps = attend(kernel, *map(self._split, (query, key, value)), asking.layout, state.layout)
         hidden = self.attention_output(context, hidden)
         if kept is not asking:
@@ -294,11 +305,12 @@ class TokenPruneModel(Prunable):
         """
         bank = None
         hidden_states, attentions = [], []
+        attention = self.config._attn_implementation
         call.start = state
         for index, layer in enumerate(layers):
             if call.hidden_states:
                 hidden_states.append(_restore(hidden, state, bank))
-            plan = self._plan(index, not call.whole_sequence and index == len(layers) - 1, call)
+            plan = self._plan(index, attention, not call.whole_sequence and index == len(layers) - 1, call)
             before, before_state = hidden, state
             hidden, state, attention_map = layer(hidden, state, plan, self.config)
             if plan.site is not None and state.carrier is not None:
@@ -329,10 +341,10 @@ class TokenPruneModel(Prunable):
         positions = state.positions.masked_fill(~alive, -1)
         return outputs | {"last_hidden_state": rows, "attention_mask": alive.long(), "positions": positions}
 
-    def _plan(self, index: int, first_token_only: bool, call: EncoderCall) -> LayerPlan:
+    def _plan(self, index: int, attention: str, first_token_only: bool, call: EncoderCall) -> LayerPlan:
         pruning = self.config.pruning
         site = None if pruning is None or first_token_only else pruning.sites.get(index)
-        return LayerPlan(site, pruning, first_token_only, all_queries=call.attentions)
+        return LayerPlan(site, pruning, attention, first_token_only, whole_map=call.attentions)
 
 
 def _token_mask(mask: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
@@ -366,10 +378,10 @@ def _collect(call: EncoderCall, index: int, plan: LayerPlan, before: TokenState,
     if call.trace and plan.site is not None:
         call.states[index] = after
     if call.work:
-        queries = before if plan.all_queries else after
+        contexts = before if plan.whole_map else after
+        queries = before.counts if plan.asks_all(before) else contexts.counts + (plan.site is not None)
         saliency = None if plan.site is None else plan.site.saliency
-        separate = saliency == "cls_attention" and not plan.all_queries
-        call.layer_work.append(LayerWork(before.counts, queries.counts, after.counts, saliency, separate))
+        call.layer_work.append(LayerWork(before.counts, queries, contexts.counts, after.counts, saliency))
 
 
 class TokenPruneHead(Prunable):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -27,6 +27,7 @@ REDUCTIONS = ("drop",)
 PLACES = ("between",)
 
 
+@cache
 def rate_fraction(rate: float) -> Fraction:
     """The decimal that was written, exactly: `0.7` is 7/10, so that 70 % of 90 tokens is 63 and not 62.
 

@@ -90,9 +90,12 @@ def _budgets(state: TokenState, rate: float, min_tokens: int) -> tuple[int, tupl
 
     lengths = state.layout.lengths
     if lengths is not None:
-        protected = state.protected_counts or (None,) * len(lengths)
-        budgets = tuple(map(budget, state.initial, protected, lengths))
-        return max(budgets), None if min(budgets) == max(budgets) else budgets
+        samples = list(zip(state.initial, state.protected_counts or (None,) * len(lengths), lengths))
+        known = {sample: budget(*sample) for sample in set(samples)}
+        if len(set(known.values())) == 1:
+            return known[samples[0]], None
+        budgets = tuple(known[sample] for sample in samples)
+        return max(budgets), budgets
     rows = budget(state.length, None, state.layout.rows)
     if state.layout.full and state.protected_counts is None:
         return rows, None

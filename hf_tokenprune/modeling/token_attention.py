@@ -23,20 +23,18 @@ from .token_state import Layout, MaskedRows, PackedRows
 class AttentionKernel:
     """One layer's attention function with what it needs besides queries, keys and values.
 
-    config: the model's config; its `_attn_implementation` names the function.
+    name: the function's, as `attn_implementation` has it.
+    config: the model's config, for masks.
     module: the native attention module, which the function reads (`training`, `is_causal`).
     eager: the family's own eager function.
     """
 
+    name: str
     config: Any
     module: nn.Module
     eager: Callable
     scaling: float
     dropout: float
-
-    @property
-    def name(self) -> str:
-        return self.config._attn_implementation
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
@@ -175,8 +173,6 @@ def first_token_scores(
 ) -> torch.Tensor:
     """The class token's attention to the alive rows of its sample, mean over heads, in float32.
 
-    One row of the map: its logits are taken token by token, so that a score does not depend on what lies beside it.
-
     Args:
         query: each sample's first query [B, A].
         key: [.., A] laid out as `keys`.
@@ -184,13 +180,17 @@ def first_token_scores(
     Returns:
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
-    query = query.float() * scaling
-    if keys.full:
-        logits = _by_head(keys.spread(key).float() * query[:, None], heads).sum(dim=-1)
+    # Each head's query in a column of its own: one product with the keys as they lie, nothing copied.  [B, A, H]
+    by_head = (query.float() * scaling).view(-1, heads, query.shape[-1] // heads, 1)
+    columns = (by_head * torch.eye(heads, device=query.device)[:, None]).flatten(1, 2)
+
+    def score(samples: slice, alive: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+        logits = key.float() @ columns[samples]  # [b, n, H]
+        if alive is not None:
+            logits = logits.masked_fill(~alive[:, :, None], -torch.inf)
         return logits.softmax(dim=1).mean(dim=2)
-    logits = _by_head(key.float() * keys.share(query), heads).sum(dim=-1)  # [.., H]
-    logits = keys.spread(logits).masked_fill(~keys.alive[:, :, None], -torch.inf)  # [B, K, H]
-    return logits.softmax(dim=1).mean(dim=2)
+
+    return _scores(score, keys, key)
 
 
 def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scaling: float, heads: int) -> torch.Tensor:
@@ -202,41 +202,44 @@ def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scalin
     Returns:
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
-    with _without_autocast(query):
+
+    def score(_: slice, alive: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+        query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in parts)  # [b, H, n, d]
+        logits = (query * scaling) @ key.mT  # [b, H, n, n]
+        if alive is None:
+            return logits.softmax(dim=-1).mean(dim=(1, 2))
+        weights = logits.masked_fill(~alive[:, None, None], -torch.inf).softmax(dim=-1)
+        weights = weights.mean(dim=1).masked_fill(~alive[:, :, None], 0.0)
+        return weights.sum(dim=1) / alive.sum(dim=1, keepdim=True)
+
+    return _scores(score, rows, query, key)
+
+
+def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor) -> torch.Tensor:
+    """Scores [B, K] of ragged rows: a run of equal lengths at a time on a CPU, padded for the score alone elsewhere.
+
+    Args:
+        score: `(samples, alive [b, n] or None, *parts [b, n, ..]) -> [b, n]`.
+        x: laid out as `rows`.
+    """
+    everyone = slice(None)
+    with _without_autocast(x[0]):
         if rows.full:
-            return _received(rows.spread(query), rows.spread(key), None, scaling, heads)
-        if not isinstance(rows, PackedRows):
-            return _received(rows.spread(query), rows.spread(key), rows.alive, scaling, heads)
-        scores = torch.zeros(rows.samples, rows.rows, device=query.device)
+            return score(everyone, None, *map(rows.spread, x))
+        if not isinstance(rows, PackedRows) or x[0].is_cuda:
+            return score(everyone, rows.alive, *map(rows.spread, x))
+        scores = torch.zeros(rows.samples, rows.rows, device=x[0].device)
         for run in rows.runs(rows):
-            parts = (x[0, run.keys].unflatten(0, (run.count, -1)) for x in (query, key))
-            received = _received(*parts, None, scaling, heads)
-            scores[run.samples, : received.shape[1]] = received
+            parts = (part[0, run.keys].unflatten(0, (run.count, -1)) for part in x)
+            of_run = score(run.samples, None, *parts)
+            scores[run.samples, : of_run.shape[1]] = of_run
     return scores
-
-
-def _received(
-    query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor | None, scaling: float, heads: int
-) -> torch.Tensor:
-    """query, key [b, n, A]; alive [b, n], None: all -> [b, n]"""
-    query, key = (_by_head(x, heads).transpose(1, 2).float() for x in (query, key))  # [b, H, n, d]
-    logits = (query * scaling) @ key.mT  # [b, H, n, n]
-    if alive is None:
-        return logits.softmax(dim=-1).mean(dim=(1, 2))
-    weights = logits.masked_fill(~alive[:, None, None], -torch.inf).softmax(dim=-1)
-    weights = weights.mean(dim=1).masked_fill(~alive[:, :, None], 0.0)
-    return weights.sum(dim=1) / alive.sum(dim=1, keepdim=True)
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Autocast would take float32 scores down to half precision again."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[.., A] -> [.., H, d]"""
-    return x.unflatten(-1, (heads, -1))
 
 
 def maps_at_positions(

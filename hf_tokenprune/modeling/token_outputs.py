@@ -74,15 +74,15 @@ class TokenPruneImageClassifierOutput(ImageClassifierOutput):
 class LayerWork:
     """How many tokens of each sample one layer computed what for; all long [B].
 
-    saliency: what was scored there, None without a site.
-    separate_query: whether the class token's query was computed once more for its score.
+    keys: keys and values. queries: queries, those for the scores included. contexts: attention rows and output
+    projections. feed_forward: feed-forwards. saliency: what was scored there, None without a site.
     """
 
     keys: torch.Tensor
     queries: torch.Tensor
+    contexts: torch.Tensor
     feed_forward: torch.Tensor
     saliency: str | None
-    separate_query: bool = False
 
 
 @dataclass

@@ -98,11 +98,6 @@ class PackedRows:
         return on_device(alive.flatten().nonzero().squeeze(1), self.device)
 
     @cached_property
-    def sample(self) -> torch.Tensor:
-        """The sample of each token."""  # long [T]
-        return self.cells // self.rows
-
-    @cached_property
     def row_index(self) -> torch.Tensor:
         """Where row k of sample b lies in the packed row; dead rows point at a token of the next sample."""  # [B, K]
         index = self.starts[:, None] + torch.arange(self.rows, device=self.device)
@@ -144,10 +139,6 @@ class PackedRows:
             return x.view(self.samples, self.rows, *x.shape[2:])
         return x[0, self.row_index]
 
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        """Gives what each sample has, `[B, ...]`, to each of its tokens."""
-        return x.index_select(0, self.sample)[None]
-
     def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Reads `x` at rows `[B, M]`: `[B, M, ...]`."""
         return x[0, (rows + self.starts[:, None]).clamp(0, x.shape[1] - 1)]
@@ -187,9 +178,6 @@ class PaddedRows:
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         return x
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, None]
 
     def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return _gather(x, rows.clamp(min=0))
@@ -236,9 +224,6 @@ class MaskedRows:
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         return _gather(x, self.slots)
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, None]
 
     def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return _gather(x, self.slots.gather(1, rows.clamp(min=0)))

@@ -82,11 +82,11 @@ def count_call(call: EncoderCall, config: Any) -> MacCount:
 def _unpruned_work(call: EncoderCall, *, lossless: bool) -> list[LayerWork]:
     """The layers' work on the same tokens with nothing pruned: by our engine (lossless) or by the stock encoder."""
     tokens = call.layer_work[0].keys
-    whole = LayerWork(keys=tokens, queries=tokens, feed_forward=tokens, saliency=None)
+    whole = LayerWork(keys=tokens, queries=tokens, contexts=tokens, feed_forward=tokens, saliency=None)
     last = whole
     if lossless and not call.whole_sequence:
         one = torch.ones_like(tokens)
-        last = replace(whole, queries=one, feed_forward=one)
+        last = replace(whole, queries=one, contexts=one, feed_forward=one)
     return [whole] * (len(call.layer_work) - 1) + [last]
 
 
@@ -97,18 +97,12 @@ def _macs(layer_work: list[LayerWork], config: Any) -> torch.Tensor:
 
 def _layer_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
     hidden, width = config.hidden_size, config.attention_width
-    keys, queries = work.keys, work.queries
-    macs = 2 * keys * hidden * width  # key and value projections
-    macs = macs + 2 * queries * hidden * width  # query and output projections
-    macs = macs + 2 * queries * keys * width  # attention logits, and the mean of the values
+    macs = 2 * work.keys * hidden * width  # key and value projections
+    macs = macs + (work.queries + work.contexts) * hidden * width  # query and output projections
+    macs = macs + 2 * work.contexts * work.keys * width  # attention logits, and the mean of the values
     macs = macs + work.feed_forward * config.feed_forward_macs
-    return macs + _score_macs(work, hidden, width)
-
-
-def _score_macs(work: LayerWork, hidden: int, width: int) -> torch.Tensor | int:
-    keys, queries = work.keys, work.queries
-    if work.saliency == "cls_attention":  # one row of logits
-        return keys * width + work.separate_query * hidden * width
-    if work.saliency == "received_attention":  # the dropped tokens' queries, and the map
-        return (keys - queries) * hidden * width + keys * keys * width
-    return 0
+    if work.saliency == "cls_attention":  # one row of logits, each head's query in a column of its own
+        return macs + work.keys * width * config.num_attention_heads
+    if work.saliency == "received_attention":  # the map
+        return macs + work.keys * work.keys * width
+    return macs
