@@ -32,6 +32,7 @@ from torch.testing import assert_close
 from transformers import BertForSequenceClassification, BertForTokenClassification, BertModel, PreTrainedModel
 
 from hf_tokenprune import PruningConfig, PruningStage, prune
+from hf_tokenprune.modeling import modeling_tokenprune
 from hf_tokenprune.modeling.pruning_config import keep_count
 from hf_tokenprune.modeling.token_attention import first_token_scores, received_scores
 from hf_tokenprune.modeling.token_state import PackedRows, PaddedRows
@@ -566,7 +567,8 @@ def test_stochastic_depth_trains_by_sample(case):
 
 @CASE
 @pytest.mark.parametrize("method", ["top_k", "adaptive"])
-def test_a_dropped_token_costs_nothing_more(case, method):
+def test_a_dropped_token_costs_nothing_more(case, method, monkeypatch):
+    monkeypatch.setattr(modeling_tokenprune, "FEW_TOKENS", 0)
     arguments = {"keep_rate": 0.6} if method == "top_k" else {"threshold": 0.7}
     sites = [0, 2]
     model = prune(native_of(case), PruningConfig.preset(method, layers=sites, execution="packed", **arguments))
@@ -584,6 +586,18 @@ def test_a_dropped_token_costs_nothing_more(case, method):
     assert seen["output"] == seen["feed_forward"] == leaving
     # At a site the class tokens ask once for their scores, and once more with the others.
     assert seen["query"] == [rows + batch * (layer in sites) for layer, rows in enumerate(leaving)]
+
+
+@CASE
+def test_few_tokens_ask_all_at_once(case):
+    """One projection of so few tokens takes as long as that of the class token alone; what is kept is the same."""
+    model = prune(native_of(case), PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.6, execution="packed"))
+    inputs = text_inputs([20, 9]) if case.text else image_inputs(1)
+    tokens = 29 if case.text else 37
+    seen, outputs = _rows_seen(model, inputs, "query", output_token_trace=True)
+    after_first, after_second = outputs.token_trace.counts.sum(dim=1).tolist()
+    assert after_first <= modeling_tokenprune.FEW_TOKENS
+    assert seen[1:3] == ([tokens, after_first] if case.text else [after_first + 1, after_first])
 
 
 @pytest.mark.parametrize(

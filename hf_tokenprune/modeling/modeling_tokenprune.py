@@ -9,8 +9,7 @@ how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -32,8 +31,7 @@ FEED_FORWARD_ROWS = 256
 FEW_TOKENS = 32
 
 
-@dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(NamedTuple):
     """What one layer does in one call.
 
     site: where tokens are reduced, None: nowhere.
@@ -56,9 +54,11 @@ class LayerPlan:
         return self.whole_map or few or self.site.saliency == "received_attention"
 
 
-def step(name: str) -> AbstractContextManager:
-    """Names what pruning adds, for the profiler; nothing under compile and export."""
-    return nullcontext() if shapes_only() else record_function(f"tokenprune: {name}")
+def named(layer: int) -> AbstractContextManager:
+    """Names what pruning adds at a layer, where a profile is being taken."""
+    if shapes_only() or not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return record_function(f"tokenprune: layer {layer}")
 
 
 class TokenPruneLayer:
@@ -131,7 +131,7 @@ class TokenPruneLayer:
         if plan.first_token_only:
             kept = state.only_first()
         elif plan.site is not None:
-            with torch.no_grad(), step(f"layer {plan.site.layer}: score and select"):
+            with torch.no_grad(), named(plan.site.layer):
                 kept = self._survivors(source, query, key, state, plan)
         asking = state if plan.whole_map else kept
         if asking is not state:
@@ -150,7 +150,7 @@ class TokenPruneLayer:
         if not maps or state.positions is None:
             return hidden, kept, None
         positions = asking.positions, state.positions
-        return hidden, kept, maps_at_positions(maps, asking.layout, state.layout, *positions, state.length)
+        return hidden, kept, maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
 
     def _survivors(
         self,
@@ -177,7 +177,7 @@ class TokenPruneLayer:
         return torch.cat([self.feed_forward_block(part) for part in parts]).view_as(hidden)
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # [.., H, d]
+        return x.view(*x.shape[:-1], -1, self.head_dim)  # [.., H, d]
 
 
 class Prunable:

@@ -25,7 +25,7 @@ def select(scores: torch.Tensor, state: TokenState, site: Site, config: PruningC
     Args:
         scores: float32 [B, K], one per row; dead rows are ignored.
     """
-    keys = _keys(scores.detach(), state)
+    keys = _keys(scores, state)
     if site.rule == "keep_rate":
         return _best(keys, state, site.value, config.min_tokens)
     return _above(keys, state, site.value, config.min_tokens)
@@ -41,10 +41,11 @@ def _keys(scores: torch.Tensor, state: TokenState) -> torch.Tensor:  # [B, K]
         keys.masked_fill_(~layout.alive, -torch.inf)
     if state.protected is not None:
         return keys.masked_fill_(state.protected, torch.inf)
+    prefix = state.input.prefix
     if layout.full:
-        keys[:, : state.prefix] = torch.inf
+        keys[:, :prefix].fill_(torch.inf)
         return keys
-    return keys.masked_fill_(layout.alive & (layout.alive.cumsum(dim=1) <= state.prefix), torch.inf)
+    return keys.masked_fill_(layout.alive & (layout.alive.cumsum(dim=1) <= prefix), torch.inf)
 
 
 def _best(keys: torch.Tensor, state: TokenState, rate: float, min_tokens: int) -> Selection:
@@ -81,36 +82,36 @@ def _above(keys: torch.Tensor, state: TokenState, threshold: float, min_tokens: 
 
 def _budgets(state: TokenState, rate: float, min_tokens: int) -> tuple[int, tuple[int, ...] | torch.Tensor | None]:
     """How many rows hold every sample's budget, and each sample's own, None: just as many."""
-
-    def budget(initial: Any, protected: Any, alive: Any) -> Any:
-        prefix = _least(initial, state.prefix)
-        kept = prefix + keep_count(initial - prefix, rate)
-        kept = _most(kept, min_tokens)
-        return _least(kept if protected is None else _most(kept, protected), alive)
-
-    lengths = state.layout.lengths
-    if lengths is not None:
-        samples = list(zip(state.initial, state.protected_counts or (None,) * len(lengths), lengths))
-        known = {sample: budget(*sample) for sample in set(samples)}
-        if len(set(known.values())) == 1:
-            return known[samples[0]], None
-        budgets = tuple(known[sample] for sample in samples)
-        return max(budgets), budgets
-    rows = budget(state.length, None, state.layout.rows)
-    if state.layout.full and state.protected_counts is None:
+    layout, (length, prefix, initial, protected, uniform) = state.layout, state.input
+    rule = prefix, rate, min_tokens
+    if uniform and layout.full:
+        return _budget(initial[0], protected and protected[0], layout.rows, *rule), None
+    if layout.lengths is not None:
+        samples = zip(initial, protected or (None,) * len(initial), layout.lengths)
+        budgets = tuple(_budget(*sample, *rule) for sample in samples)
+        return max(budgets), None if min(budgets) == max(budgets) else budgets
+    rows = _budget(length, None, layout.rows, *rule)
+    if layout.full and protected is None:
         return rows, None
-    return rows, budget(state.initial, state.protected_counts, state.counts).clamp(max=rows)
+    return rows, _budget(initial, protected, state.counts, *rule).clamp(max=rows)
+
+
+def _budget(initial: Any, protected: Any, alive: Any, prefix: int, rate: float, min_tokens: int) -> Any:
+    """The one integer function: rows that a sample of `initial` tokens keeps of `alive` ones, the prefix included."""
+    prefix = _least(initial, prefix)
+    kept = _most(prefix + keep_count(initial - prefix, rate), min_tokens)
+    return _least(kept if protected is None else _most(kept, protected), alive)
 
 
 def _least(a: Any, b: Any) -> Any:
     """The smaller of two ints, symbolic sizes or integer tensors (the first, if one is a tensor)."""
     if isinstance(a, torch.Tensor):
         return a.minimum(b) if isinstance(b, torch.Tensor) else a.clamp(max=b)
-    return torch.sym_min(a, b)
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
 
 
 def _most(a: Any, b: Any) -> Any:
     """The larger one, likewise."""
     if isinstance(a, torch.Tensor):
         return a.maximum(b) if isinstance(b, torch.Tensor) else a.clamp(min=b)
-    return torch.sym_max(a, b)
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)

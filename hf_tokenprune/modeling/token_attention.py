@@ -8,8 +8,7 @@ Shapes: B samples, K rows, T alive tokens of the batch, H heads, d features of a
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .token_state import Layout, MaskedRows, PackedRows
 
 
-@dataclass(frozen=True)
-class AttentionKernel:
+class AttentionKernel(NamedTuple):
     """One layer's attention function with what it needs besides queries, keys and values.
 
     name: the function's, as `attn_implementation` has it.
@@ -103,6 +101,9 @@ def _attend_packed(
             return _varlen(kernel, query, key, value, queries, keys), []
         if kernel.name == "sdpa":
             return attend_by_padding(kernel, query, key, value, queries, keys), []
+    if queries.full and keys.full:
+        context, weights = kernel(queries.spread(query), keys.spread(key), keys.spread(value), None)
+        return context.view(1, queries.tokens, -1), [] if weights is None else [weights]
     contexts, maps = [], []
     for run in queries.runs(keys):
         # [b, n, H, d]: views, nothing is copied
@@ -115,7 +116,7 @@ def _attend_packed(
         contexts.append(context.flatten(0, 1).flatten(1))
         if weights is not None:
             maps.append(weights)
-    return (contexts[0] if len(contexts) == 1 else torch.cat(contexts))[None], maps
+    return torch.cat(contexts)[None], maps
 
 
 def attend_by_padding(

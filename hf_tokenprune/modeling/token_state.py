@@ -13,9 +13,8 @@ where the scores themselves decide it. Under compile and export sizes follow fro
 Shapes: B samples, N input length, K rows, T alive tokens of the batch, D features, H heads.
 """
 
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,8 +32,7 @@ def on_device(numbers: Any, device: torch.device) -> torch.Tensor:
     return torch.as_tensor(numbers).to(device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """Which rows stay.
 
     home: the row each kept row comes from, rising among the alive ones, no row twice.  # long [B, K']
@@ -47,8 +45,7 @@ class Selection:
     lengths: Ints | None
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring samples with equal query and key lengths, which one attention call serves."""
 
     samples: slice
@@ -105,8 +102,6 @@ class PackedRows:
 
     def runs(self, keys: "PackedRows") -> list[Run]:
         """Groups neighbouring samples whose lengths agree, here (the queries) and in `keys`."""
-        if self.full and keys.full:
-            return [Run(slice(0, self.samples), slice(0, self.tokens), slice(0, keys.tokens), self.samples)]
         runs: list[Run] = []
         query_start = key_start = first = 0
         for sample, pair in enumerate(zip(self.lengths, keys.lengths)):
@@ -144,7 +139,8 @@ class PackedRows:
         return x[0, (rows + self.starts[:, None]).clamp(0, x.shape[1] - 1)]
 
     def after(self, selection: Selection) -> "PackedRows":
-        return PackedRows(selection.lengths, self.device, selection.home + self.starts[:, None])
+        home = selection.home
+        return PackedRows(selection.lengths, self.device, home if self.samples == 1 else home + self.starts[:, None])
 
     def only_first(self) -> "PackedRows":
         return PackedRows((1,) * self.samples, self.device, self.starts[:, None])
@@ -262,28 +258,38 @@ def _alive(selection: Selection) -> tuple[torch.Tensor, bool]:
     return torch.ones_like(selection.home, dtype=torch.bool) if full else selection.alive, full
 
 
-@dataclass(frozen=True)
-class TokenState:
+class TokenInput(NamedTuple):
+    """What every state of a call has in common.
+
+    length: N, the padded length of the input.
+    prefix: structural tokens at the front of each sample ([CLS], registers, distillation).
+    initial: tokens of each sample at the input, prefix included; a tensor [B] under compile and export.
+    protected: tokens of each sample that every method keeps, likewise; None: the prefix alone.
+    uniform: known to be as many in every sample, both.
+    """
+
+    length: int
+    prefix: int
+    initial: Ints | torch.Tensor
+    protected: Ints | torch.Tensor | None
+    uniform: bool
+
+
+class TokenState(NamedTuple):
     """The tokens of a batch on their way through the layers. Holds no differentiable tensor and is never changed.
 
     layout: how the rows lie in memory, and which are alive.
-    length: N, the padded length of the input.
-    prefix: structural tokens at the front of each sample ([CLS], registers, distillation).
-    initial: tokens of each sample at the input, prefix included; [B] under compile and export.
+    input: what the call started with.
     protected: rows that every method keeps, prefix included; None: the prefix alone.        # bool [B, K]
-    protected_counts: how many those are, per sample; [B] under compile and export; None likewise.
     positions: the original position of each row; None where nobody asks.                    # long [B, K]
     carrier: the row that carries each original position, -1 where it is gone; None likewise. # long [B, N]
     """
 
     layout: Layout
-    length: int
-    prefix: int
-    initial: Ints | torch.Tensor
-    protected: torch.Tensor | None
-    protected_counts: Ints | torch.Tensor | None
-    positions: torch.Tensor | None
-    carrier: torch.Tensor | None
+    input: TokenInput
+    protected: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    carrier: torch.Tensor | None = None
 
     @property
     def alive(self) -> torch.Tensor:  # bool [B, K]
@@ -296,20 +302,20 @@ class TokenState:
 
     def after(self, selection: Selection) -> "TokenState":
         """The state once only the selected rows are left."""
-        layout = self.layout.after(selection)
-        followed: dict[str, Any] = {}
-        if self.protected is not None:
-            followed["protected"] = self.protected.gather(1, selection.home) & layout.alive
-        if self.carrier is not None:
-            followed["positions"] = self.positions.gather(1, selection.home)
-            followed["carrier"] = _follow(self.carrier, self.alive, selection.home, layout.alive)
-        return replace(self, layout=layout, **followed)
+        layout, home = self.layout.after(selection), selection.home
+        if self.protected is None and self.carrier is None:
+            return TokenState(layout, self.input)
+        return TokenState(
+            layout,
+            self.input,
+            None if self.protected is None else self.protected.gather(1, home) & layout.alive,
+            None if self.positions is None else self.positions.gather(1, home),
+            None if self.carrier is None else _follow(self.carrier, self.alive, home, layout.alive),
+        )
 
     def only_first(self) -> "TokenState":
         """The state once only each sample's first token is left, with nothing followed any more."""
-        return replace(
-            self, layout=self.layout.only_first(), protected=None, protected_counts=None, positions=None, carrier=None
-        )
+        return TokenState(self.layout.only_first(), self.input)
 
     def ranked_carrier(self) -> torch.Tensor:
         """`carrier` in ranks among the alive tokens of the own sample, -1 where the token is gone."""  # [B, N]
@@ -344,52 +350,37 @@ def start_state(
         protected_tokens: bool [B, N], further tokens that every method keeps.
         track: whether positions are followed, for traces, restored sequences and maps.
     """
-    alive = None if mask is None else _with_one_token(mask)
-    protected = None
+    lengths, alive = _lengths(mask, batch, length)
+    protected = counts = None
     if protected_tokens is not None:
         there = torch.ones_like(protected_tokens) if alive is None else alive
         protected = there & (protected_tokens | (there.cumsum(dim=1) <= prefix))
-    lengths, protected_counts = _per_sample(alive, protected, batch, length)
-    if lengths is not None and min(lengths) == length:
-        alive = None
+        counts = protected.sum(dim=1)
+        counts = counts if lengths is None else tuple(counts.tolist())
     places = None
     if track or execution != "packed" or alive is not None:
         places = torch.arange(length, device=device).expand(batch, length)
     layout, positions, carrier = _start_layout(execution, alive, lengths, places, batch, device)
     if protected is not None and execution == "packed" and alive is not None:
         protected = protected.gather(1, positions)
-    return TokenState(
-        layout=layout,
-        length=length,
-        prefix=prefix,
-        initial=layout.counts if lengths is None else lengths,
-        protected=protected,
-        protected_counts=protected_counts,
-        positions=positions if track else None,
-        carrier=carrier if track else None,
-    )
+    uniform = lengths is not None and layout.full and (counts is None or len(set(counts)) == 1)
+    given = TokenInput(length, prefix, layout.counts if lengths is None else lengths, counts, uniform)
+    if not track:
+        positions = carrier = None
+    return TokenState(layout, given, protected, positions, carrier)
 
 
-def _with_one_token(mask: torch.Tensor) -> torch.Tensor:
-    """The mask, in whose empty rows the first place counts."""
-    first = torch.cat([~mask.any(dim=1, keepdim=True), torch.zeros_like(mask[:, 1:])], dim=1)
-    return mask | first
-
-
-def _per_sample(
-    alive: torch.Tensor | None, protected: torch.Tensor | None, batch: int, length: int
-) -> tuple[Ints | None, Ints | torch.Tensor | None]:
-    """Tokens and protected tokens of each sample, on the host by one synchronisation at most; under compile and export
-    no lengths, and the protected counts as a tensor."""
-    counts = None if protected is None else protected.sum(dim=1)
-    if shapes_only():
-        return None, counts
-    if alive is None:
-        return (length,) * batch, None if counts is None else tuple(counts.tolist())
-    lengths = alive.sum(dim=1)
-    if counts is None:
-        return tuple(lengths.tolist()), None
-    return tuple(map(tuple, torch.stack([lengths, counts]).tolist()))
+def _lengths(mask: torch.Tensor | None, batch: int, length: int) -> tuple[Ints | None, torch.Tensor | None]:
+    """Tokens of each sample on the host, and the mask in whose empty rows the first place counts; None where every
+    token is real. One synchronisation on an accelerator; under compile and export no lengths."""
+    if mask is None:
+        return None if shapes_only() else (length,) * batch, None
+    lengths = None if shapes_only() else tuple(mask.sum(dim=1).tolist())
+    if lengths is not None and min(lengths) == length:
+        return lengths, None
+    if lengths is None or min(lengths) == 0:
+        mask = torch.cat([mask[:, :1] | ~mask.any(dim=1, keepdim=True), mask[:, 1:]], dim=1)
+    return None if lengths is None else tuple(max(1, tokens) for tokens in lengths), mask
 
 
 def _start_layout(
