@@ -33,7 +33,7 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 from hf_tokenprune import PruningConfig, PruningStage, prune
 from hf_tokenprune.modeling import modeling_tokenprune
-from hf_tokenprune.modeling.pruning_config import keep_count
+from hf_tokenprune.modeling.pruning_config import keep_count, rate_ratio
 from hf_tokenprune.modeling.token_attention import first_token_scores, received_scores
 from hf_tokenprune.modeling.token_state import PackedRows, PaddedRows
 
@@ -706,7 +706,7 @@ def test_gradient_checkpointing_of_the_native_model_goes_on():
 
 
 def test_seven_tenths_of_ninety_are_sixty_three():
-    assert keep_count(90, 0.7) == 63
+    assert keep_count(90, rate_ratio(0.7)) == 63
     assert int(0.7 * 90) == 62
 
 
@@ -715,11 +715,11 @@ def test_counts_are_exact_for_every_rate_and_length():
     for percent in range(1, 101):
         rate = Fraction(percent, 100)
         expected = [length * percent // 100 for length in range(1001)]
-        assert keep_count(lengths, percent / 100).tolist() == expected
-        assert [keep_count(length, percent / 100) for length in range(1001)] == expected
+        assert keep_count(lengths, rate_ratio(percent / 100)).tolist() == expected
+        assert [keep_count(length, rate_ratio(percent / 100)) for length in range(1001)] == expected
         assert expected[1000] == int(rate * 1000)
-    assert type(keep_count(17, 0.3)) is int
-    assert keep_count(lengths, 0.3).dtype == torch.long
+    assert type(keep_count(17, rate_ratio(0.3))) is int
+    assert keep_count(lengths, rate_ratio(0.3)).dtype == torch.long
 
 
 @pytest.mark.parametrize("tenths", range(1, 11))
@@ -727,7 +727,7 @@ def test_compounded_rates_are_exact(tenths):
     pruning = PruningConfig.preset("top_k", layers=range(12), keep_rate=tenths / 10)
     for site, value in enumerate(pruning.stages[0].values):
         exact = Fraction(tenths, 10) ** (site + 1)
-        assert [keep_count(n, value) for n in range(1001)] == [int(exact * n) for n in range(1001)]
+        assert [keep_count(n, rate_ratio(value)) for n in range(1001)] == [int(exact * n) for n in range(1001)]
 
 
 def _indifferent(case: Case) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import hf_tokenprune
 from hf_tokenprune import PruningConfig, PruningStage, TokenPruneBertConfig
-from hf_tokenprune.modeling.pruning_config import default_layers, keep_count
+from hf_tokenprune.modeling.pruning_config import default_layers, keep_count, rate_ratio
 
 
 def preset(name: str = "top_k", **values: object) -> PruningConfig:
@@ -131,10 +131,10 @@ def test_default_layers(depth, sites):
 
 
 def test_counts_are_exact():
-    assert keep_count(90, 0.7) == 63 and int(0.7 * 90) == 62
+    assert keep_count(90, rate_ratio(0.7)) == 63 and int(0.7 * 90) == 62
     for tokens in range(1001):
         for percent in range(1, 101):
-            assert keep_count(tokens, percent / 100) == tokens * percent // 100
+            assert keep_count(tokens, rate_ratio(percent / 100)) == tokens * percent // 100
 
 
 def test_nested_in_the_model_config(tmp_path):
@@ -153,8 +153,8 @@ def test_nested_in_the_model_config(tmp_path):
 
 
 def test_rates_are_the_decimals_as_written():
-    assert keep_count(90, 0.3333333333333333) == 29
-    assert keep_count(7_000_000, 0.123456789012345) == 864_197
+    assert keep_count(90, rate_ratio(0.3333333333333333)) == 29
+    assert keep_count(7_000_000, rate_ratio(0.123456789012345)) == 864_197
 
 
 def test_numpy_numbers_are_numbers():

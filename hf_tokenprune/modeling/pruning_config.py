@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -27,19 +27,19 @@ REDUCTIONS = ("drop",)
 PLACES = ("between",)
 
 
-@cache
-def rate_fraction(rate: float) -> Fraction:
-    """The decimal that was written, exactly: `0.7` is 7/10, so that 70 % of 90 tokens is 63 and not 62.
+def rate_ratio(rate: float) -> tuple[int, int]:
+    """The decimal that was written, exactly, as numerator and denominator: `0.7` is 7/10, so that 70 % of 90 tokens is
+    63 and not 62.
 
     Decimals after the twelfth are cut, so that `tokens * numerator` stays inside int64 up to nine million tokens.
     """
-    return Fraction(int(Fraction(repr(rate)) * 10**12), 10**12)
+    return Fraction(int(Fraction(repr(rate)) * 10**12), 10**12).as_integer_ratio()
 
 
-def keep_count(tokens: Any, rate: float) -> Any:
-    """`floor(tokens * rate)` in integers; `tokens` may be an int, a symbolic size or an integer tensor."""
-    fraction = rate_fraction(rate)
-    return tokens * fraction.numerator // fraction.denominator
+def keep_count(tokens: Any, ratio: tuple[int, int]) -> Any:
+    """`floor(tokens * ratio)` in integers; `tokens` may be an int, a symbolic size or an integer tensor."""
+    numerator, denominator = ratio
+    return tokens * numerator // denominator
 
 
 def _number(name: str, value: Any) -> float:
@@ -111,7 +111,7 @@ RULES = MappingProxyType(
 
 @dataclass(frozen=True)
 class Site:
-    """A stage at one layer, with the value that holds there."""
+    """A stage at one layer, with the value that holds there; `ratio` is a keep rate as integers."""
 
     layer: int
     saliency: str
@@ -119,6 +119,7 @@ class Site:
     value: float
     reduction: str
     place: str
+    ratio: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,15 @@ class PruningStage:
 
     def sites(self) -> list[Site]:
         return [
-            Site(layer, self.saliency, self.rule, value, self.reduction, self.place)
+            Site(
+                layer,
+                self.saliency,
+                self.rule,
+                value,
+                self.reduction,
+                self.place,
+                rate_ratio(value) if self.rule == "keep_rate" else None,
+            )
             for layer, value in zip(self.layers, self.values)
         ]
 

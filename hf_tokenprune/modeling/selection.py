@@ -27,7 +27,7 @@ def select(scores: torch.Tensor, state: TokenState, site: Site, config: PruningC
     """
     keys = _keys(scores, state)
     if site.rule == "keep_rate":
-        return _best(keys, state, site.value, config.min_tokens)
+        return _best(keys, state, site.ratio, config.min_tokens)
     return _above(keys, state, site.value, config.min_tokens)
 
 
@@ -48,10 +48,10 @@ def _keys(scores: torch.Tensor, state: TokenState) -> torch.Tensor:  # [B, K]
     return keys.masked_fill_(layout.alive & (layout.alive.cumsum(dim=1) <= prefix), torch.inf)
 
 
-def _best(keys: torch.Tensor, state: TokenState, rate: float, min_tokens: int) -> Selection:
+def _best(keys: torch.Tensor, state: TokenState, ratio: tuple[int, int], min_tokens: int) -> Selection:
     """Each sample's budget of best rows."""
-    rows, budgets = _budgets(state, rate, min_tokens)
-    best = keys.argsort(dim=1, descending=True, stable=True)[:, :rows]
+    rows, budgets = _budgets(state, ratio, min_tokens)
+    best = _order(keys, rows)
     if budgets is None:
         lengths = None if state.layout.lengths is None else (rows,) * keys.shape[0]
         return Selection(best.sort(dim=1).values, None, lengths)
@@ -59,31 +59,39 @@ def _best(keys: torch.Tensor, state: TokenState, rate: float, min_tokens: int) -
     budgets = on_device(budgets, keys.device)
     alive = torch.arange(rows, device=keys.device) < budgets[:, None]
     total = keys.shape[1]
-    home = torch.where(alive, best, best + total).sort(dim=1).values % total  # the rest goes to the end
-    return Selection(home, alive, lengths)
+    home = torch.where(alive, best, best + total).sort(dim=1).values  # the rest goes to the end
+    return Selection(torch.where(home < total, home, home - total), alive, lengths)
 
 
 def _above(keys: torch.Tensor, state: TokenState, threshold: float, min_tokens: int) -> Selection:
     """The rows that reach the threshold; protected rows and the `min_tokens` best are always among them."""
     keep = keys >= threshold * _GRID
     if min_tokens > 1:
-        keep |= keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < min_tokens
+        keep |= _order(keys, keys.shape[1]).argsort(dim=1) < min_tokens
     if not state.layout.full:
         keep &= state.layout.alive
-    lengths = None
-    home = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    if not shapes_only():
-        lengths = tuple(keep.sum(dim=1).tolist())  # a synchronisation on an accelerator
-        home = home[:, : max(lengths)]
-        if min(lengths) == max(lengths):
-            return Selection(home, None, lengths)
-    return Selection(home, keep.gather(1, home), lengths)
+    if shapes_only():
+        home = _order(keep.float(), keep.shape[1])
+        return Selection(home, keep.gather(1, home), None)
+    lengths = tuple(keep.sum(dim=1).tolist())  # a synchronisation on an accelerator
+    home = _order(keep.to(torch.int8), max(lengths))
+    return Selection(home, None if min(lengths) == max(lengths) else keep.gather(1, home), lengths)
 
 
-def _budgets(state: TokenState, rate: float, min_tokens: int) -> tuple[int, tuple[int, ...] | torch.Tensor | None]:
+def _order(keys: torch.Tensor, rows: Any) -> torch.Tensor:
+    """The `rows` rows of highest key, falling; ties in the order of their positions."""  # long [B, rows]
+    if shapes_only():  # exporters know no stable sort: with its position in it, each key is unique
+        total = keys.shape[1]
+        return (keys.double() * total - torch.arange(total, device=keys.device)).topk(rows, dim=1).indices
+    return keys.argsort(dim=1, descending=True, stable=True)[:, :rows]
+
+
+def _budgets(
+    state: TokenState, ratio: tuple[int, int], min_tokens: int
+) -> tuple[int, tuple[int, ...] | torch.Tensor | None]:
     """How many rows hold every sample's budget, and each sample's own, None: just as many."""
     layout, (length, prefix, initial, protected, uniform) = state.layout, state.input
-    rule = prefix, rate, min_tokens
+    rule = prefix, ratio, min_tokens
     if uniform and layout.full:
         return _budget(initial[0], protected and protected[0], layout.rows, *rule), None
     if layout.lengths is not None:
@@ -96,10 +104,10 @@ def _budgets(state: TokenState, rate: float, min_tokens: int) -> tuple[int, tupl
     return rows, _budget(initial, protected, state.counts, *rule).clamp(max=rows)
 
 
-def _budget(initial: Any, protected: Any, alive: Any, prefix: int, rate: float, min_tokens: int) -> Any:
+def _budget(initial: Any, protected: Any, alive: Any, prefix: int, ratio: tuple[int, int], min_tokens: int) -> Any:
     """The one integer function: rows that a sample of `initial` tokens keeps of `alive` ones, the prefix included."""
     prefix = _least(initial, prefix)
-    kept = _most(prefix + keep_count(initial - prefix, rate), min_tokens)
+    kept = _most(prefix + keep_count(initial - prefix, ratio), min_tokens)
     return _least(kept if protected is None else _most(kept, protected), alive)
 
 

@@ -379,7 +379,7 @@ def _lengths(mask: torch.Tensor | None, batch: int, length: int) -> tuple[Ints |
     if lengths is not None and min(lengths) == length:
         return lengths, None
     if lengths is None or min(lengths) == 0:
-        mask = torch.cat([mask[:, :1] | ~mask.any(dim=1, keepdim=True), mask[:, 1:]], dim=1)
+        mask = mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(length, device=mask.device) == 0))
     return None if lengths is None else tuple(max(1, tokens) for tokens in lengths), mask
 
 

@@ -1,0 +1,76 @@
+"""`torch.compile` and ONNX: one graph for all shapes, the same results."""
+
+import pytest
+import torch
+import transformers
+from packaging import version
+from tiny import BERT, HEADS, Case, build, image_inputs, main_output, text_inputs
+from transformers import BertForSequenceClassification
+
+from hf_tokenprune import PruningConfig, prune
+
+
+METHODS = {
+    "top_k": PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.6),
+    "adaptive": PruningConfig.preset("adaptive", layers=[1, 2], threshold=0.8),
+}
+LENGTHS = ([17, 5, 30], [20], [9, 13, 7, 30, 2], [40, 3], [12, 12])
+
+
+def _shapes(case: Case) -> list[dict[str, torch.Tensor]]:
+    if case.text:
+        return [text_inputs(lengths, seed=seed, padding=seed % 2) for seed, lengths in enumerate(LENGTHS)]
+    # Not three first: torch takes sizes that are equal at first sight for one, and there are three channels.
+    return [image_inputs(batch, seed=batch) for batch in (4, 2, 1, 5)]
+
+
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_to_one_graph_for_all_shapes(case, method):
+    model = prune(build(case), METHODS[method])
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for inputs in _shapes(case):
+            torch.testing.assert_close(
+                main_output(compiled(**inputs)), main_output(model(**inputs)), atol=1e-5, rtol=1e-5
+            )
+    assert len(graphs) <= 2  # torch gives a batch of one a graph of its own
+
+
+def test_compiles_with_the_default_backend():
+    """The stock encoder's own path through inductor, with a site in it."""
+    model = prune(build(Case(BertForSequenceClassification, BERT)), METHODS["top_k"])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for lengths in LENGTHS[:2]:
+            inputs = text_inputs(lengths)
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.20"), reason="the exporters' interface changed"
+)
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("method", METHODS)
+def test_onnx_runtime_agrees_at_other_shapes(case, method, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    model = prune(build(case), METHODS[method])
+    sample = text_inputs([17, 30], padding=2) if case.text else image_inputs(4)
+    OnnxExporter().export(model, sample, config=OnnxConfig(dynamic=True)).save_pretrained(tmp_path)
+    session = onnxruntime.InferenceSession(next(tmp_path.glob("*.onnx")), providers=["CPUExecutionProvider"])
+    for inputs in _shapes(case):
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        (logits,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,61 @@
+"""Half precision keeps the tokens that float32 keeps: a real model on real texts."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from hf_tokenprune import PruningConfig, prune
+from hf_tokenprune.packaged import load_dataset, model_path
+
+
+pytestmark = pytest.mark.real
+
+METHODS = {
+    "top_k": PruningConfig.preset("top_k", layers=[1, 3, 4], keep_rate=0.7),
+    "adaptive": PruningConfig.preset("adaptive", layers=[1, 2, 3], threshold=0.08),
+    "received": PruningConfig.preset("adaptive", layers=[1, 3, 4], threshold=0.3, saliency="received_attention"),
+}
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    texts = load_dataset("20newsgroups-religion")["test"][::15]["text"][:48]
+    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm-l6"))
+    return dict(tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt"))
+
+
+def _kept(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """bool [S, B, N]"""
+    with torch.no_grad():
+        return model(**batch, output_token_trace=True).token_trace.source >= 0
+
+
+def _agreement(method: str, batch: dict[str, torch.Tensor], dtype: torch.dtype, autocast: bool) -> list[float]:
+    """For each site, which part of the tokens fares as in float32."""
+    path = model_path("minilm-l6")
+    exact = prune(AutoModel.from_pretrained(path, dtype=torch.float32), METHODS[method])
+    expected = _kept(exact, batch)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        model = exact if autocast else prune(AutoModel.from_pretrained(path, dtype=dtype), METHODS[method])
+        same = _kept(model, batch) == expected
+    tokens = batch["attention_mask"].bool()
+    return [site[tokens].float().mean().item() for site in same]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+@pytest.mark.parametrize("dtype, least", [(torch.float16, 0.998), (torch.bfloat16, 0.99)], ids=["fp16", "bf16"])
+def test_keeps_the_same_tokens(method, dtype, least, autocast, batch):
+    assert min(_agreement(method, batch, dtype, autocast)) >= least
+
+
+def test_scores_are_float32(batch, monkeypatch):
+    from hf_tokenprune.modeling import modeling_tokenprune
+
+    seen, select = [], modeling_tokenprune.select
+    monkeypatch.setattr(
+        modeling_tokenprune, "select", lambda scores, *rest: seen.append(scores.dtype) or select(scores, *rest)
+    )
+    model = prune(AutoModel.from_pretrained(model_path("minilm-l6"), dtype=torch.bfloat16), METHODS["top_k"])
+    _kept(model, {name: value[:2] for name, value in batch.items()})
+    assert seen == [torch.float32] * 3
