@@ -1,49 +1,88 @@
-"""Times the three baselines in turn on given shapes: padded stock model, our engine with nothing pruned, pruned.
+"""Times the three baselines in turn over a grid of shapes: padded stock model, our engine with nothing pruned, pruned.
 
     python scripts/run_benchmark.py --output_file model_cards/evidence/engine.json
 
-Weights are random: time does not depend on them, and `top_k` keeps as many tokens whatever they are.
+Weights are random: time does not depend on them, and `top_k` keeps as many tokens whatever they are. Every point is
+written as soon as it is measured, and a second start goes on where the first one ended.
 """
 
 import json
 import os
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    HfArgumentParser,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
 from hf_tokenprune import PruningConfig, count_macs, prune
 from hf_tokenprune.files import write_atomically
-from hf_tokenprune.profiling import Timing, speedup, time_interleaved
+from hf_tokenprune.profiling import Timing, peak_memory, speedup, speedup_bound, time_interleaved
 from hf_tokenprune.profiling.machine import describe_machine
 
 
+Inputs = dict[str, torch.Tensor]
+
+SMALL = {"hidden_size": 384, "num_attention_heads": 6, "num_labels": 1000}
 MODELS = {
-    "bert-base": (BertConfig(), [2, 5, 8]),
+    "bert-base": (BertForSequenceClassification, BertConfig(), [2, 5, 8]),
     "minilm-l6": (
+        BertForSequenceClassification,
         BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
         [1, 3, 4],
     ),
+    "deit-s": (ViTForImageClassification, ViTConfig(intermediate_size=1536, **SMALL), [3, 6, 9]),
+    "dinov2-s": (Dinov2ForImageClassification, Dinov2Config(image_size=224, **SMALL), [3, 6, 9]),
 }
-BATCHES = {
-    "8 x 128": [128] * 8,
-    "8 x 512": [512] * 8,
-    "8 texts of 32, 64 ... 256": list(range(32, 257, 32)),
-    "1 x 128": [128],
-}
+BATCHES = (1, 8, 32)
+LENGTHS = (16, 128, 512)
+RAGGED = {"8 texts of 32, 64 ... 256": list(range(32, 257, 32)), "32 texts of 16 ... 512": list(range(16, 513, 16))}
 
 
 @dataclass
 class BenchmarkArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"of {', '.join(MODELS)}"})
     keep_rate: float = 0.7
-    rounds: int = 11
-    attn_implementation: str = "sdpa"
+    rounds: int = field(default=31, metadata={"help": "interleaved rounds of each point, at most"})
+    seconds_per_point: float = field(default=30.0, metadata={"help": "after so long no further round is begun"})
+    device: str = "cpu"
+    half_precision: bool = field(default=True, metadata={"help": "bfloat16, too, at batch 8 (length 128)"})
+    runtimes: list[str] = field(
+        default_factory=lambda: ["eager", "compiled", "onnx"],
+        metadata={"help": "further ways to run, measured at batch 1 and 8 (length 128): of eager, compiled, onnx"},
+    )
     output_file: str = "outputs/engine.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of the table. lengths: of the texts; of an image model just so many entries."""
+
+    model: str
+    batch: str
+    lengths: tuple[int, ...]
+    dtype: str = "float32"
+    runtime: str = "sdpa"
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.model, self.batch, self.dtype, self.runtime])
 
 
 def main() -> None:
@@ -51,48 +90,120 @@ def main() -> None:
     unknown = sorted(set(arguments.models) - set(MODELS))
     if unknown:
         raise SystemExit(f"unknown models {unknown}; known: {', '.join(MODELS)}")
-    rows = [row for name in arguments.models for row in measure_model(name, arguments)]
-    report = {"machine": describe_machine(), "attn_implementation": arguments.attn_implementation, "rows": rows}
-    write_atomically(arguments.output_file, json.dumps(report, indent=2).encode())
-    print(table(rows))
+    settings = {"keep_rate": arguments.keep_rate, "rounds": arguments.rounds, "seconds": arguments.seconds_per_point}
+    report = {"machine": describe_machine(arguments.device), "settings": settings, "rows": []}
+    path = Path(arguments.output_file)
+    if path.exists() and {**json.loads(path.read_text()), "rows": []} == report:
+        report = json.loads(path.read_text())
+    done = {row["name"] for row in report["rows"]}
+    for name in arguments.models:
+        for point in grid(name, arguments):
+            if point.name not in done:
+                report["rows"].append(measure(point, arguments))
+                write_atomically(path, json.dumps(report, indent=1).encode())
+    print(table(report["rows"]))
+    print(summary(report["rows"]))
 
 
-def measure_model(name: str, arguments: BenchmarkArguments) -> list[dict]:
+def grid(model: str, arguments: BenchmarkArguments) -> list[Point]:
+    text = MODELS[model][0] is BertForSequenceClassification
+    typical = "x 128" if text else "images"
+
+    def point(batch: int, **how: str) -> Point:
+        return Point(model, f"{batch} {typical}", (128,) * batch, **how)
+
+    if text:
+        points = [Point(model, f"{batch} x {length}", (length,) * batch) for batch in BATCHES for length in LENGTHS]
+        points += [Point(model, batch, tuple(lengths)) for batch, lengths in RAGGED.items()]
+    else:
+        points = [point(batch) for batch in BATCHES]
+    points += [point(8, dtype="bfloat16")] * arguments.half_precision
+    return points + [point(batch, runtime=runtime) for runtime in arguments.runtimes for batch in (1, 8)]
+
+
+def measure(point: Point, arguments: BenchmarkArguments) -> dict:
     set_seed(0)
-    config, layers = MODELS[name]
-    stock = BertForSequenceClassification._from_config(config, attn_implementation=arguments.attn_implementation).eval()
-    pruned = prune(stock, PruningConfig.preset("top_k", layers=layers, keep_rate=arguments.keep_rate))
-    models = {"padded": stock, "unpadded": prune(stock, None), "pruned": pruned}
-    rows = []
-    for batch, lengths in BATCHES.items():
-        inputs = text_batch(lengths, config.vocab_size)
-        with torch.inference_mode():
-            timings = time_interleaved(
-                {which: lambda model=model, inputs=inputs: model(**inputs) for which, model in models.items()},
-                rounds=arguments.rounds,
-                warmup=2,
-                progress=lambda steps, label=f"{name} {batch}": tqdm(steps, desc=label),
-            )
-            difference = (models["unpadded"](**inputs).logits - stock(**inputs).logits).abs().max().item()
-        rows.append({"model": name, "batch": batch, "unpadded_logit_difference": difference})
-        rows[-1] |= figures(timings, count_macs(pruned, inputs))
-    return rows
+    native, config, layers = MODELS[point.model]
+    dtype, device = getattr(torch, point.dtype), torch.device(arguments.device)
+    attention = "eager" if point.runtime == "eager" else "sdpa"
+    stock = native._from_config(config, attn_implementation=attention, dtype=dtype).eval().to(device)
+    pruning = PruningConfig.preset("top_k", layers=layers, keep_rate=arguments.keep_rate)
+    models = {"padded": stock, "unpadded": prune(stock, None), "pruned": prune(stock, pruning)}
+    inputs = {name: x.to(device) for name, x in batch_of(point, config, dtype).items()}
+    row = {"name": point.name, "model": point.model, "batch": point.batch, "samples": len(point.lengths)}
+    row |= {"dtype": point.dtype, "runtime": point.runtime}
+    with torch.inference_mode(), TemporaryDirectory() as folder:
+        logits = {which: model(**inputs).logits for which, model in models.items()}
+        calls = {name: runner(model, inputs, point.runtime, folder + name) for name, model in models.items()}
+        if len(set(point.lengths)) > 1 and len(point.lengths) > 8:
+            calls["padded, sorted"] = sorted_by_length(stock, inputs, point.lengths)
+        if point.runtime in ("compiled", "onnx"):
+            for call in calls.values():  # compiles
+                call()
+        row["peak_memory"] = {name: peak_memory(call, device) for name, call in calls.items()}
+        timings = time_interleaved(
+            calls,
+            rounds=arguments.rounds,
+            warmup=0,  # each has run twice, for its logits and its memory
+            seconds=arguments.seconds_per_point,
+            progress=lambda steps: tqdm(steps, desc=point.name),
+        )
+        macs = count_macs(models["pruned"], inputs)
+    row["unpadded_logit_difference"] = (logits["unpadded"] - logits["padded"]).abs().max().item()
+    return row | figures(timings, macs)
 
 
-def text_batch(lengths: list[int], vocabulary: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(1000, vocabulary, (len(lengths), max(lengths)))
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+def batch_of(point: Point, config: object, dtype: torch.dtype) -> Inputs:
+    batch, length = len(point.lengths), max(point.lengths)
+    if not isinstance(config, BertConfig):
+        return {"pixel_values": torch.randn(batch, 3, config.image_size, config.image_size, dtype=dtype)}
+    mask = torch.arange(length) < torch.tensor(point.lengths)[:, None]
+    # Arrival order is no order of length.
+    mask = mask[torch.randperm(batch)]
+    return {"input_ids": torch.randint(1000, config.vocab_size, (batch, length)) * mask, "attention_mask": mask.long()}
+
+
+def sorted_by_length(stock: PreTrainedModel, inputs: Inputs, lengths: tuple[int, ...]) -> Callable[[], None]:
+    """The stock model on the same texts, sorted and cut into batches of eight, each padded to its own longest."""
+    order = inputs["attention_mask"].sum(dim=1).argsort()
+    batches = []
+    for rows in order.split(8):
+        longest = int(inputs["attention_mask"][rows].sum(dim=1).max())
+        batches.append({name: x[rows, :longest] for name, x in inputs.items()})
+    return lambda: [stock(**batch) for batch in batches] and None
+
+
+def runner(model: PreTrainedModel, inputs: Inputs, runtime: str, folder: str) -> Callable[[], object]:
+    if runtime == "compiled":
+        torch._dynamo.reset()
+        compiled = torch.compile(model, dynamic=True)
+        return lambda: compiled(**inputs)
+    if runtime != "onnx":
+        return lambda: model(**inputs)
+    import onnxruntime
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    sample = {name: torch.cat([x, x, x, x])[:4] for name, x in inputs.items()}  # a batch of one would stay one
+    OnnxExporter().export(model, sample, config=OnnxConfig(dynamic=True)).save_pretrained(folder)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    path = next(Path(folder).glob("*.onnx"))
+    session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
+    feed = {name: x.cpu().numpy() for name, x in inputs.items()}
+    return lambda: session.run(["logits"], feed)
 
 
 def figures(timings: dict[str, Timing], macs: object) -> dict:
-    saved = speedup(timings["unpadded"], timings["pruned"])
+    padded, unpadded, pruned = (timings[name] for name in ("padded", "unpadded", "pruned"))
+    saved = speedup(unpadded, pruned)
     return {
-        "rounds": len(timings["padded"].seconds),
+        "rounds": len(padded.seconds),
         "milliseconds": {name: 1e3 * timing.median for name, timing in timings.items()},
         "quartiles": {name: [1e3 * seconds for seconds in timing.spread] for name, timing in timings.items()},
-        "unpadded_over_padded": speedup(timings["padded"], timings["unpadded"]),
-        "pruned_over_padded": speedup(timings["padded"], timings["pruned"]),
+        "unpadded_over_padded": speedup(padded, unpadded),
+        "unpadded_over_padded_bound": speedup_bound(padded, unpadded),
+        "pruned_over_padded": speedup(padded, pruned),
+        "pruned_over_padded_bound": speedup_bound(padded, pruned),
         "pruned_over_unpadded": saved,
         "macs": {"total": macs.total, "lossless": macs.lossless, "unpruned": macs.unpruned},
         "realised": saved * macs.total / macs.lossless,
@@ -100,15 +211,40 @@ def figures(timings: dict[str, Timing], macs: object) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'':38} {'padded':>9} {'unpadded':>9} {'pruned':>9}   unpadded  pruned over    MACs  realised"]
+    lines = [
+        "| shape | padded, ms | unpadded, ms | pruned, ms | unpadded over padded | pruned over padded | pruned over "
+        "unpadded | MACs saved | realised | peak MB padded / unpadded / pruned | rounds |",
+        "|" + " --- |" * 11,
+    ]
     for row in rows:
-        times = " ".join(f"{ms:8.1f} " for ms in row["milliseconds"].values())
+        times = row["milliseconds"]
+        shown = " | ".join(f"{times[name]:.1f}" for name in ("padded", "unpadded", "pruned"))
+        peaks = " / ".join(f"{row['peak_memory'][name] / 1e6:.1f}" for name in ("padded", "unpadded", "pruned"))
+        peaks = "" if row["runtime"] == "onnx" else peaks
         lines.append(
-            f"{row['model'] + ', ' + row['batch']:38} {times}  {row['unpadded_over_padded']:7.2f}x "
-            f"{row['pruned_over_unpadded']:11.2f}x {row['macs']['lossless'] / row['macs']['total']:6.2f}x "
-            f"{row['realised']:9.2f}"
+            f"| {row['name'].removesuffix(', float32, sdpa')} | {shown} | {row['unpadded_over_padded']:.2f}x | "
+            f"{row['pruned_over_padded']:.2f}x (>= {row['pruned_over_padded_bound']:.2f}) | "
+            f"{row['pruned_over_unpadded']:.2f}x | {row['macs']['lossless'] / row['macs']['total']:.2f}x | "
+            f"{row['realised']:.2f} | {peaks} | {row['rounds']} |"
         )
-    return "\n".join([*lines, "milliseconds per batch, medians of interleaved rounds"])
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict]) -> str:
+    """What the engine promises, over the points in float32 through SDPA."""
+    plain = [row for row in rows if row["dtype"] == "float32" and row["runtime"] == "sdpa"]
+    large = [row for row in plain if row["samples"] >= 8]
+    lines = [f"largest logit difference with nothing pruned: {max(r['unpadded_logit_difference'] for r in plain):.1e}"]
+    if large:
+        lines.append(f"realised, median at batch >= 8: {statistics.median(row['realised'] for row in large):.2f}")
+        heavy = [row["name"] for row in large if row["peak_memory"]["pruned"] >= row["peak_memory"]["padded"]]
+        lines.append(f"peak memory not below the stock model's: {heavy or 'nowhere'}")
+    least = min(plain, key=lambda row: row["pruned_over_padded_bound"])
+    lines.append(
+        f"least speed-up over the stock model: {least['pruned_over_padded']:.2f}x "
+        f"(>= {least['pruned_over_padded_bound']:.2f}), {least['name']}"
+    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -293,17 +293,18 @@ class TokenPruneModel(Prunable):
             )
         return execution
 
-    def encode(self, layers: nn.ModuleList, hidden: torch.Tensor, state: TokenState, call: EncoderCall) -> Any:
+    def encode(self, layers: nn.ModuleList, embedded: list[torch.Tensor], state: TokenState, call: EncoderCall) -> Any:
         """Sends the tokens through the layers.
 
         Args:
-            hidden: the embeddings [.., D], laid out as `state.layout`.
+            embedded: the embeddings [.., D], laid out as `state.layout`, in a list of one that is emptied: nobody
+                holds them while the layers run.
             call: collects what it asks for.
 
         Returns:
             The model's output.
         """
-        bank = None
+        bank, hidden = None, embedded.pop()
         hidden_states, attentions = [], []
         attention = self.config._attn_implementation
         call.start = state

@@ -140,8 +140,8 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
         self._check_length(length, position_ids)
         call = self.begin(encoder_call, output_token_trace, restore, kwargs)
         state = self.start_tokens(call, attention_mask, batch, length, given.device, token_ids=input_ids)
-        hidden = self._embed(state, input_ids, token_type_ids, position_ids, inputs_embeds, batch, length)
-        return self.encode(self.encoder.layer, hidden, state, call)
+        embedded = [self._embed(state, input_ids, token_type_ids, position_ids, inputs_embeds, batch, length)]
+        return self.encode(self.encoder.layer, embedded, state, call)
 
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
         return None if self.pooler is None else self.pooler(first)

@@ -122,7 +122,9 @@ class TokenPruneDinov2Model(TokenPruneModel, Dinov2Model):
         call = self.begin(encoder_call, output_token_trace, restore, kwargs)
         hidden = self.embeddings(require_pixels(pixel_values), bool_masked_pos=bool_masked_pos)
         state = self.start_tokens(call, attention_mask, *hidden.shape[:2], hidden.device)
-        return self.encode(self.encoder.layer, state.layout.enter(hidden), state, call)
+        embedded = [state.layout.enter(hidden)]
+        del hidden
+        return self.encode(self.encoder.layer, embedded, state, call)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.layernorm(hidden)

@@ -97,7 +97,9 @@ class TokenPruneViTModel(TokenPruneModel, ViTModel):
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=bool(interpolate_pos_encoding)
         )
         state = self.start_tokens(call, attention_mask, *hidden.shape[:2], hidden.device)
-        return self.encode(self.layers, state.layout.enter(hidden), state, call)
+        embedded = [state.layout.enter(hidden)]
+        del hidden
+        return self.encode(self.layers, embedded, state, call)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.layernorm(hidden)

@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.stats import bootstrap
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,38 @@ class Timing:
 
 def speedup(slow: Timing, fast: Timing) -> float:
     """The median over the rounds of slow / fast, each pair taken in the same round."""
-    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds))
+    return statistics.median(_ratios(slow, fast))
+
+
+def speedup_bound(slow: Timing, fast: Timing, confidence: float = 0.95) -> float:
+    """The lower bound of `speedup`, one-sided, by bootstrap over the rounds (seeded)."""
+    ratios = _ratios(slow, fast)
+    if len(set(ratios)) < 2:
+        return ratios[0]
+    interval = bootstrap(
+        (ratios,), np.median, confidence_level=confidence, alternative="greater", method="percentile", rng=0
+    )
+    return float(interval.confidence_interval.low)
+
+
+def _ratios(slow: Timing, fast: Timing) -> list[float]:
+    return [a / b for a, b in zip(slow.seconds, fast.seconds)]
 
 
 def time_interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, progress: Callable = iter
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    seconds: float = float("inf"),
+    progress: Callable = iter,
 ) -> dict[str, Timing]:
     """Runs the candidates A B C A B C ... and times each run.
 
     Args:
         candidates: what to run, by name.
-        rounds: timed runs of each; warmup: untimed ones before.
+        rounds: timed runs of each, at most; warmup: untimed ones before.
+        seconds: no round is begun after so long, except the first three.
         progress: wraps the iteration over rounds, for example `tqdm`.
 
     Returns:
@@ -48,15 +71,18 @@ def time_interleaved(
     for _ in range(warmup):
         for candidate in candidates.values():
             candidate()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in progress(range(rounds)):
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    begun = time.perf_counter()
+    for done in progress(range(rounds)):
+        if done >= 3 and time.perf_counter() - begun > seconds:
+            break
         for name, candidate in candidates.items():
             _wait()
             start = time.perf_counter()
             candidate()
             _wait()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            times[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
 def _wait() -> None:
