@@ -26,7 +26,7 @@ from .token_state import PackedRows, TokenState, shapes_only, start_state
 
 
 # Rows that a feed-forward takes at a time on a CPU: enough for full speed, few enough for its caches.
-FEED_FORWARD_ROWS = 256
+FEED_FORWARD_ROWS = 1024
 # A projection of so few tokens takes as long as that of a single one: the weights are read.
 FEW_TOKENS = 32
 

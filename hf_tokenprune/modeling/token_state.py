@@ -240,8 +240,9 @@ Layout = PackedRows | PaddedRows | MaskedRows
 
 
 def _gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """x [B, K, ...] at rows [B, M] -> [B, M, ...]"""
-    return x.gather(1, rows.view(*rows.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+    """x [B, K, ...] at rows [B, M] -> [B, M, ...]; whole rows are copied, and not one feature after the other."""
+    flat = rows + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, flat.flatten()).view(*rows.shape, *x.shape[2:])
 
 
 def _first_row(alive: torch.Tensor, full: bool) -> torch.Tensor:  # long [B, 1]
