@@ -3,7 +3,7 @@
     python scripts/run_benchmark.py --output_file model_cards/evidence/engine.json
 
 Weights are random: time does not depend on them, and `top_k` keeps as many tokens whatever they are. Every point is
-written as soon as it is measured, and a second start goes on where the first one ended.
+written as soon as it is measured, and a second start goes on where the first one ended. The table lies beside the JSON.
 """
 
 import json
@@ -101,8 +101,9 @@ def main() -> None:
             if point.name not in done:
                 report["rows"].append(measure(point, arguments))
                 write_atomically(path, json.dumps(report, indent=1).encode())
-    print(table(report["rows"]))
-    print(summary(report["rows"]))
+    text = f"{table(report['rows'])}\n\n{summary(report['rows'])}\n"
+    write_atomically(path.with_suffix(".md"), text.encode())
+    print(text)
 
 
 def grid(model: str, arguments: BenchmarkArguments) -> list[Point]:

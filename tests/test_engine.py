@@ -91,6 +91,13 @@ def test_the_profile_names_what_pruning_adds():
     assert {f"tokenprune: layer {layer}" for layer in SITES} <= names
 
 
+def test_the_profile_names_how_ragged_rows_attend():
+    model, inputs = prune(build(TEXT), FIXED), text_inputs([20, 20, 9])
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model(**inputs)
+    assert "tokenprune: attention in 2 runs of equal lengths" in {event.key for event in profiler.key_averages()}
+
+
 def test_peak_memory_counts_what_lives_at_once():
     def call() -> None:
         torch.ones(1000)  # gone at once

@@ -8,21 +8,19 @@ how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from packaging import version
 from torch import nn
-from torch.profiler import record_function
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .pruning_config import PruningConfig, Site
 from .selection import select
 from .token_attention import AttentionKernel, attend, first_token_scores, maps_at_positions, received_scores
 from .token_outputs import EncoderCall, LayerWork
-from .token_state import PackedRows, TokenState, shapes_only, start_state
+from .token_state import PackedRows, TokenState, named, shapes_only, start_state
 
 
 # Rows that a feed-forward takes at a time on a CPU: enough for full speed, few enough for its caches.
@@ -52,13 +50,6 @@ class LayerPlan(NamedTuple):
             return not self.first_token_only
         few = isinstance(state.layout, PackedRows) and state.layout.tokens <= FEW_TOKENS
         return self.whole_map or few or self.site.saliency == "received_attention"
-
-
-def named(layer: int) -> AbstractContextManager:
-    """Names what pruning adds at a layer, where a profile is being taken."""
-    if shapes_only() or not torch.autograd._profiler_enabled():
-        return nullcontext()
-    return record_function(f"tokenprune: layer {layer}")
 
 
 class TokenPruneLayer:
@@ -131,7 +122,7 @@ class TokenPruneLayer:
         if plan.first_token_only:
             kept = state.only_first()
         elif plan.site is not None:
-            with torch.no_grad(), named(plan.site.layer):
+            with torch.no_grad(), named(f"layer {plan.site.layer}"):
                 kept = self._survivors(source, query, key, state, plan)
         asking = state if plan.whole_map else kept
         if asking is not state:

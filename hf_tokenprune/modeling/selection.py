@@ -6,6 +6,7 @@ padding or the layout. Counts are integers; ties go to the earlier row.
 Shapes: B samples, K rows.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -93,10 +94,10 @@ def _budgets(
     layout, (length, prefix, initial, protected, uniform) = state.layout, state.input
     rule = prefix, ratio, min_tokens
     if uniform and layout.full:
-        return _budget(initial[0], protected and protected[0], layout.rows, *rule), None
+        return _known_budget(initial[0], protected and protected[0], layout.rows, *rule), None
     if layout.lengths is not None:
         samples = zip(initial, protected or (None,) * len(initial), layout.lengths)
-        budgets = tuple(_budget(*sample, *rule) for sample in samples)
+        budgets = tuple(_known_budget(*sample, *rule) for sample in samples)
         return max(budgets), None if min(budgets) == max(budgets) else budgets
     rows = _budget(length, None, layout.rows, *rule)
     if layout.full and protected is None:
@@ -109,6 +110,9 @@ def _budget(initial: Any, protected: Any, alive: Any, prefix: int, ratio: tuple[
     prefix = _least(initial, prefix)
     kept = _most(prefix + keep_count(initial - prefix, ratio), min_tokens)
     return _least(kept if protected is None else _most(kept, protected), alive)
+
+
+_known_budget = lru_cache(maxsize=4096)(_budget)
 
 
 def _least(a: Any, b: Any) -> Any:

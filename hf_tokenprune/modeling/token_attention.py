@@ -15,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_state import Layout, MaskedRows, PackedRows
+from .token_state import Layout, MaskedRows, PackedRows, Run, named
 
 
 class AttentionKernel(NamedTuple):
@@ -94,18 +94,28 @@ def _attend_packed(
     keys: PackedRows,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     if kernel.name.startswith("flash_attention"):
-        context, _ = kernel(query, key, value, None, **_varlen_arguments(queries, keys))
+        with named("attention by flash attention's variable lengths"):
+            context, _ = kernel(query, key, value, None, **_varlen_arguments(queries, keys))
         return context.flatten(2), []
-    if query.is_cuda and not (queries.full and keys.full):
-        if kernel.name == "sdpa" and has_varlen(query) and not (kernel.module.training and kernel.dropout):
-            return _varlen(kernel, query, key, value, queries, keys), []
-        if kernel.name == "sdpa":
-            return attend_by_padding(kernel, query, key, value, queries, keys), []
     if queries.full and keys.full:
         context, weights = kernel(queries.spread(query), keys.spread(key), keys.spread(value), None)
         return context.view(1, queries.tokens, -1), [] if weights is None else [weights]
+    if query.is_cuda and kernel.name == "sdpa":
+        if has_varlen(query) and not (kernel.module.training and kernel.dropout):
+            with named("attention by torch's variable lengths"):
+                return _varlen(kernel, query, key, value, queries, keys), []
+        with named("attention padded for itself alone"):
+            return attend_by_padding(kernel, query, key, value, queries, keys), []
+    runs = queries.runs(keys)
+    with named(f"attention in {len(runs)} runs of equal lengths"):
+        return _attend_in_runs(kernel, query, key, value, runs)
+
+
+def _attend_in_runs(
+    kernel: AttentionKernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: list[Run]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     contexts, maps = [], []
-    for run in queries.runs(keys):
+    for run in runs:
         # [b, n, H, d]: views, nothing is copied
         context, weights = kernel(
             query[0, run.queries].unflatten(0, (run.count, -1)),
@@ -182,11 +192,11 @@ def first_token_scores(
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
     # Each head's query in a column of its own: one product with the keys as they lie, nothing copied.  [B, A, H]
-    by_head = (query.float() * scaling).view(-1, heads, query.shape[-1] // heads, 1)
-    columns = (by_head * torch.eye(heads, device=query.device)[:, None]).flatten(1, 2)
+    diagonal = torch.full((heads,), scaling, device=query.device).diag()[:, None]
+    columns = (query.float().view(-1, heads, query.shape[-1] // heads, 1) * diagonal).flatten(1, 2)
 
     def score(samples: slice, alive: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
-        logits = key.float() @ columns[samples]  # [b, n, H]
+        logits = torch.bmm(key.float(), columns[samples])  # [b, n, H]
         if alive is not None:
             logits = logits.masked_fill(~alive[:, :, None], -torch.inf)
         return logits.softmax(dim=1).mean(dim=2)

@@ -13,10 +13,12 @@ where the scores themselves decide it. Under compile and export sizes follow fro
 Shapes: B samples, N input length, K rows, T alive tokens of the batch, D features, H heads.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 
 Ints = tuple[int, ...]
@@ -25,6 +27,13 @@ Ints = tuple[int, ...]
 def shapes_only() -> bool:
     """Whether sizes must follow from shapes alone: under compile, export and tracing."""
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def named(what: str) -> AbstractContextManager:
+    """Names what is done inside, where a profile is being taken."""
+    if shapes_only() or not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return record_function(f"tokenprune: {what}")
 
 
 def on_device(numbers: Any, device: torch.device) -> torch.Tensor:
