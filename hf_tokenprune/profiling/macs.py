@@ -101,8 +101,8 @@ def _layer_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
     macs = macs + (work.queries + work.contexts) * hidden * width  # query and output projections
     macs = macs + 2 * work.contexts * work.keys * width  # attention logits, and the mean of the values
     macs = macs + work.feed_forward * config.feed_forward_macs
-    if work.saliency == "cls_attention":  # one row of logits, each head's query in a column of its own
-        return macs + work.keys * width * config.num_attention_heads
+    if work.saliency == "cls_attention":  # one row of logits
+        return macs + work.keys * width
     if work.saliency == "received_attention":  # the map
         return macs + work.keys * work.keys * width
     return macs
