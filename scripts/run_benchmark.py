@@ -59,8 +59,9 @@ RAGGED = {"8 texts of 32, 64 ... 256": list(range(32, 257, 32)), "32 texts of 16
 class BenchmarkArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": f"of {', '.join(MODELS)}"})
     keep_rate: float = 0.7
-    rounds: int = field(default=31, metadata={"help": "interleaved rounds of each point, at most"})
+    rounds: int = field(default=101, metadata={"help": "interleaved rounds of each point, at most"})
     seconds_per_point: float = field(default=30.0, metadata={"help": "after so long no further round is begun"})
+    most_tokens: int = field(default=10**9, metadata={"help": "points of more tokens in a batch are left out"})
     device: str = "cpu"
     half_precision: bool = field(default=True, metadata={"help": "bfloat16, too, at batch 8 (length 128)"})
     runtimes: list[str] = field(
@@ -90,15 +91,14 @@ def main() -> None:
     unknown = sorted(set(arguments.models) - set(MODELS))
     if unknown:
         raise SystemExit(f"unknown models {unknown}; known: {', '.join(MODELS)}")
-    settings = {"keep_rate": arguments.keep_rate, "rounds": arguments.rounds, "seconds": arguments.seconds_per_point}
-    report = {"machine": describe_machine(arguments.device), "settings": settings, "rows": []}
+    report = {"machine": describe_machine(arguments.device), "keep_rate": arguments.keep_rate, "rows": []}
     path = Path(arguments.output_file)
     if path.exists() and {**json.loads(path.read_text()), "rows": []} == report:
         report = json.loads(path.read_text())
     done = {row["name"] for row in report["rows"]}
     for name in arguments.models:
         for point in grid(name, arguments):
-            if point.name not in done:
+            if point.name not in done and sum(point.lengths) <= arguments.most_tokens:
                 report["rows"].append(measure(point, arguments))
                 write_atomically(path, json.dumps(report, indent=1).encode())
     text = f"{table(report['rows'])}\n\n{summary(report['rows'])}\n"
@@ -145,7 +145,7 @@ def measure(point: Point, arguments: BenchmarkArguments) -> dict:
         timings = time_interleaved(
             calls,
             rounds=arguments.rounds,
-            warmup=0,  # each has run twice, for its logits and its memory
+            warmup=3 if sum(point.lengths) <= 1024 else 0,  # each has run twice, for its logits and its memory
             seconds=arguments.seconds_per_point,
             progress=lambda steps: tqdm(steps, desc=point.name),
         )
