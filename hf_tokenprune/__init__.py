@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from .convert import prune
+from .convert import load_dynamicvit_predictors, prune
 from .families import class_names, register_auto_classes
-from .modeling.pruning_config import PruningConfig, PruningStage
+from .modeling.pruning_config import PruningConfig
+from .modeling.pruning_stage import PruningStage
 from .profiling.macs import count_macs
 
 
@@ -14,7 +15,14 @@ register_auto_classes()
 
 _CLASS_NAMES = class_names()
 
-__all__ = ["PruningConfig", "PruningStage", "count_macs", "prune", *class_names(available=True)]
+__all__ = [
+    "PruningConfig",
+    "PruningStage",
+    "count_macs",
+    "load_dynamicvit_predictors",
+    "prune",
+    *class_names(available=True),
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
-"""`prune`: a native model becomes a pruned one that shares its parameters."""
+"""`prune`: a native model becomes a pruned one that shares its parameters. And weights from elsewhere."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,8 +36,46 @@ def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) ->
     with torch.device("meta"):
         twin = target(config)
     _share(twin, model)
+    twin.base_model.fit_token_predictors()
     twin.name_or_path = model.name_or_path
     return twin
+
+
+def load_dynamicvit_predictors(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Loads the weights of the reference's `score_predictor` into the token predictors of a model.
+
+    Args:
+        model: one of our models, with sites that score by `"learned"` saliency, as preset `dynamicvit` has them.
+        state_dict: `"{site}.in_conv.0.weight"` and so on, sites counted from 0 in the order of their layers; a prefix
+            `score_predictor.` or `predictor.` is taken off. DynamicViT, NeurIPS 2021.
+
+    Raises:
+        ValueError: no such sites, weights for other sites, missing or unknown names, or other shapes.
+    """
+    layers = [module for module in model.modules() if isinstance(module, TokenPruneLayer)]
+    pruning = getattr(model.config, "pruning", None)
+    sites = [] if pruning is None else [i for i, site in sorted(pruning.sites.items()) if site.saliency == "learned"]
+    if not sites:
+        raise ValueError(f"pruning ({pruning!r}) must have sites with saliency 'learned' to load predictors into")
+    given: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in state_dict.items():
+        site, _, rest = name.removeprefix("score_predictor.").removeprefix("predictor.").partition(".")
+        given.setdefault(site, {})[rest] = value
+    if sorted(given) != sorted(str(site) for site in range(len(sites))):
+        raise ValueError(f"the predictors' sites ({sorted(given)}) must be 0 to {len(sites) - 1}, for layers {sites}")
+    for site, index in enumerate(sites):
+        _load_exactly(layers[index].predictor, given[str(site)], f"predictor {site}, of layer {index}")
+
+
+def _load_exactly(module: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    if ours != theirs:
+        differ = {
+            name: (theirs.get(name), ours.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)
+        }
+        raise ValueError(f"{what}: shapes (given, needed) must agree: {differ}")
+    module.load_state_dict(weights)
 
 
 def _unsupported(model: Any) -> str:

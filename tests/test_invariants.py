@@ -33,8 +33,8 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 from hf_tokenprune import PruningConfig, PruningStage, prune
 from hf_tokenprune.modeling import modeling_tokenprune
-from hf_tokenprune.modeling.pruning_config import keep_count, rate_ratio
-from hf_tokenprune.modeling.token_attention import first_token_scores, received_scores
+from hf_tokenprune.modeling.pruning_stage import keep_count, rate_ratio
+from hf_tokenprune.modeling.saliency import first_token_scores, received_scores
 from hf_tokenprune.modeling.token_state import PackedRows, PaddedRows
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import hf_tokenprune
 from hf_tokenprune import PruningConfig, PruningStage, TokenPruneBertConfig
-from hf_tokenprune.modeling.pruning_config import default_layers, keep_count, rate_ratio
+from hf_tokenprune.modeling.pruning_config import default_layers
+from hf_tokenprune.modeling.pruning_stage import keep_count, rate_ratio
 
 
 def preset(name: str = "top_k", **values: object) -> PruningConfig:

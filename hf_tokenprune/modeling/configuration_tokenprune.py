@@ -16,6 +16,7 @@ class TokenPruneConfigMixin:
 
     family_auto_map: dict[str, str] = {}
     must_be_false: tuple[str, ...] = ()
+    class_token = True
 
     def __setattr__(self, key: str, value: Any) -> None:
         """Checks on assignment, because `from_pretrained(..., name=value)` assigns to a finished config.
@@ -27,9 +28,10 @@ class TokenPruneConfigMixin:
             raise ValueError(f"{key} ({value!r}) must be False: token pruning needs a bidirectional encoder")
         if key == "pruning":
             value = PruningConfig.coerce(value, self.num_hidden_layers)
-            _check_layers(value, self.num_hidden_layers)
-        elif key == "num_hidden_layers":
-            _check_layers(self.pruning, value)
+            if value is not None and not self.class_token:
+                value.check_class_token()
+        elif key == "num_hidden_layers" and self.pruning is not None:
+            self.pruning.resolve(value)
         super().__setattr__(key, value)
 
     @classmethod
@@ -64,8 +66,3 @@ class TokenPruneConfigMixin:
         for name in ("model_type", "transformers_version", "architectures", "auto_map", "pruning"):
             values.pop(name, None)
         return cls(**values, pruning=pruning, attn_implementation=native._attn_implementation)
-
-
-def _check_layers(pruning: PruningConfig | None, num_layers: int) -> None:
-    if pruning is not None:
-        pruning.check_layers(num_layers)

@@ -8,6 +8,7 @@ how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,21 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .pruning_config import PruningConfig, Site
-from .selection import select
-from .token_attention import AttentionKernel, attend, first_token_scores, maps_at_positions, received_scores
+from .pruning_stage import SALIENCIES
+from .saliency import (
+    TokenPredictor,
+    first_token_scores,
+    key_norm_scores,
+    key_similarity,
+    learned_scores,
+    random_scores,
+    received_scores,
+    shift_scores,
+)
+from .selection import Scores
+from .token_attention import AttentionKernel, attend, maps_at_positions
 from .token_outputs import EncoderCall, LayerWork
+from .token_reducer import begin_reduction
 from .token_state import PackedRows, TokenState, named, shapes_only, start_state
 
 
@@ -44,16 +57,46 @@ class LayerPlan(NamedTuple):
     first_token_only: bool
     whole_map: bool
 
+    def site_at(self, place: str) -> Site | None:
+        return self.site if self.site is not None and self.site.place == place else None
+
     def asks_all(self, state: TokenState) -> bool:
         """Whether every token's query is computed, and not the survivors' alone, the class token's before them."""
-        if self.site is None:
+        site = self.site_at("between")
+        if site is None or self.first_token_only:
             return not self.first_token_only
         few = isinstance(state.layout, PackedRows) and state.layout.tokens <= FEW_TOKENS
-        return self.whole_map or few or self.site.saliency == "received_attention"
+        return self.whole_map or few or site.whole or SALIENCIES[site.saliency].queries
+
+    def bias(self, state: TokenState) -> torch.Tensor | None:
+        """What proportional attention adds to the logits of each key, [..] laid out as the state's rows."""
+        if state.size is None or not self.pruning.proportional_attention:
+            return None
+        return state.layout.lay(state.size.log())
+
+
+class LayerStates(NamedTuple):
+    """The tokens on their way through one layer: those that have keys, those that attend, those that leave it."""
+
+    entered: TokenState
+    attending: TokenState
+    left: TokenState
+
+
+class Projections(NamedTuple):
+    """What scores are made of, all laid out as the rows of the layer: its input, what the projections are made of, and
+    the projections [.., A]; `query` is None where only the survivors' are computed."""
+
+    hidden: torch.Tensor
+    source: torch.Tensor
+    query: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 class TokenPruneLayer:
-    """A layer that reduces tokens between its attention and its feed-forward. Goes before the native layer class.
+    """A layer that reduces tokens before it, or between its attention and its feed-forward. Goes before the native
+    layer class.
 
     The family gives the anatomy: accessors that call native modules, never their weights, so that adapters and
     quantised layers work. The attention's accessors default to the layout that newer native families share.
@@ -62,12 +105,17 @@ class TokenPruneLayer:
         eager_attention: the family's own eager attention function.
 
     Modifications:
-        - `forward` follows a `LayerPlan` and returns the new `TokenState` with the hidden states.
+        - `forward` follows a `LayerPlan` and returns the `LayerStates` with the hidden states.
         - The class token's attention row is scored before the attention: tokens that are dropped here compute neither
           query, attention row, output projection nor feed-forward.
     """
 
     eager_attention: Callable
+
+    @property
+    def predictor(self) -> TokenPredictor | None:
+        """The module `token_predictor`, where there is one."""
+        return self._modules.get("token_predictor")
 
     @property
     def attention_module(self) -> nn.Module:
@@ -105,59 +153,99 @@ class TokenPruneLayer:
 
     def forward(
         self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
-    ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
-        """hidden [.., D], laid out as `state.layout` -> the same after the layer, the new state, and the attention map
-        [B, H, N, N] if the kernel gives weights and positions are followed."""
-        hidden, state, attention_map = self._attention_half(hidden, state, plan, config)
-        return self._feed_forward_half(hidden), state, attention_map
+    ) -> tuple[torch.Tensor, LayerStates, torch.Tensor | None]:
+        """hidden [.., D], laid out as `state.layout` -> the same after the layer, the states of its tokens, and the
+        attention map [B, H, N, N] if the kernel gives weights and positions are followed."""
+        site = plan.site_at("before")
+        if site is not None:
+            with named(f"layer {site.layer}"):
+                with _gradient_for(site):
+                    scores = self._scores_of_input(hidden, state, site)
+                reduction = begin_reduction(scores, state, site, plan.pruning)
+                hidden, state = reduction.finish(_moved(hidden, state, reduction.state))
+        hidden, attending, left, attention_map = self._attention_half(hidden, state, plan, config)
+        return self._feed_forward_half(hidden), LayerStates(state, attending, left), attention_map
 
     def _attention_half(
         self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
-    ) -> tuple[torch.Tensor, TokenState, torch.Tensor | None]:
-        module = self.attention_module
+    ) -> tuple[torch.Tensor, TokenState, TokenState, torch.Tensor | None]:
         source = self.attention_input(hidden)
         key, value = self.key(source), self.value(source)
         query = self.query(source) if plan.asks_all(state) else None
+        reduction, site = None, plan.site_at("between")
         kept = state
         if plan.first_token_only:
             kept = state.only_first()
-        elif plan.site is not None:
-            with torch.no_grad(), named(f"layer {plan.site.layer}"):
-                kept = self._survivors(source, query, key, state, plan)
+        elif site is not None and site.saliency != "residual_shift":
+            with named(f"layer {site.layer}"):
+                scores = self._scores(Projections(hidden, source, query, key, value), state, plan)
+                reduction = begin_reduction(scores, state, site, plan.pruning)
+                kept = reduction.state
         asking = state if plan.whole_map else kept
-        if asking is not state:
-            residual = asking.layout.take(hidden)
-            source = residual if source is hidden else asking.layout.take(source)
-            query = None if query is None else asking.layout.take(query)
-            hidden = residual
+        entered = hidden
+        hidden = _moved(entered, state, asking)
+        source = hidden if source is entered else _moved(source, state, asking)
+        query = None if query is None else _moved(query, state, asking)
         query = self.query(source) if query is None else query
-        kernel = AttentionKernel(
+        context, maps = attend(
+            self._kernel(plan, config),
+            *map(self._split, (query, key, value)),
+            asking.layout,
+            state.layout,
+            plan.bias(state),
+        )
+        hidden = self.attention_output(context, hidden)
+        hidden = _moved(hidden, asking, kept)
+        if site is not None and not plan.first_token_only:
+            with named(f"layer {site.layer}"):
+                if reduction is None:
+                    with _gradient_for(site):
+                        scores = Scores(shift_scores(entered, hidden, state.layout))
+                    reduction = begin_reduction(scores, state, site, plan.pruning)
+                    hidden = _moved(hidden, state, reduction.state)
+                hidden, kept = reduction.finish(hidden)
+        if not maps or state.positions is None:
+            return hidden, asking, kept, None
+        positions = asking.positions, state.positions
+        full_map = maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
+        return hidden, asking, kept, full_map
+
+    def _kernel(self, plan: LayerPlan, config: Any) -> AttentionKernel:
+        module = self.attention_module
+        return AttentionKernel(
             plan.attention, config, module, self.eager_attention, module.scaling, self.attention_dropout
         )
-        context, maps = attend(kernel, *map(self._split, (query, key, value)), asking.layout, state.layout)
-        hidden = self.attention_output(context, hidden)
-        if kept is not asking:
-            hidden = kept.layout.take(hidden)
-        if not maps or state.positions is None:
-            return hidden, kept, None
-        positions = asking.positions, state.positions
-        return hidden, kept, maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
 
-    def _survivors(
-        self,
-        source: torch.Tensor,
-        query: torch.Tensor | None,
-        key: torch.Tensor,
-        state: TokenState,
-        plan: LayerPlan,
-    ) -> TokenState:
-        module, layout = self.attention_module, state.layout
-        if plan.site.saliency == "received_attention":
-            scores = received_scores(query, key, layout, module.scaling, module.num_attention_heads)
-        else:
-            first = self.query(layout.first(source)) if query is None else layout.first(query)
-            scores = first_token_scores(first, key, layout, module.scaling, module.num_attention_heads)
-        return state.after(select(scores, state, plan.site, plan.pruning))
+    def _scores_of_input(self, hidden: torch.Tensor, state: TokenState, site: Site) -> Scores:
+        """Scores that need no more than the layer's input."""
+        if site.saliency == "random":
+            return Scores(random_scores(state, site.layer, site.seed))
+        if self.predictor is None:
+            raise ValueError(f"layer ({site.layer}) has no token predictor; set_pruning(...) makes it one")
+        return learned_scores(self.predictor, hidden, state)
+
+    def _scores(self, given: Projections, state: TokenState, plan: LayerPlan) -> Scores:
+        """The saliency of every row; with a gradient where the new rows are made with it."""
+        site, layout, module = plan.site, state.layout, self.attention_module
+        heads, bias = module.num_attention_heads, plan.bias(state)
+        with _gradient_for(site):
+            match site.saliency:
+                case "cls_attention" | "cls_value_norm":
+                    asks = self.query(layout.first(given.source)) if given.query is None else layout.first(given.query)
+                    value = given.value if site.saliency == "cls_value_norm" else None
+                    scores = first_token_scores(asks, given.key, layout, module.scaling, heads, bias, value)
+                case "received_attention" | "received_from_others":
+                    diagonal = site.saliency == "received_attention"
+                    scores = received_scores(
+                        given.query, given.key, layout, module.scaling, heads, bias, diagonal=diagonal
+                    )
+                case "key_norm":
+                    scores = key_norm_scores(given.key, layout, heads)
+                case "key_similarity":
+                    return key_similarity(given.key, state, heads)
+                case _:
+                    return self._scores_of_input(given.hidden, state, site)
+        return Scores(scores)
 
     def _feed_forward_half(self, hidden: torch.Tensor) -> torch.Tensor:
         """Part by part where no gradient is asked for, so that the widened states stay small and near."""
@@ -171,6 +259,16 @@ class TokenPruneLayer:
         return x.view(*x.shape[:-1], -1, self.head_dim)  # [.., H, d]
 
 
+def _moved(x: torch.Tensor, before: TokenState, after: TokenState) -> torch.Tensor:
+    """x [.., D], laid out as `before`'s rows -> laid out as `after`'s, which came from those or are the same."""
+    return x if after.layout is before.layout else after.layout.take(x)
+
+
+def _gradient_for(site: Site) -> AbstractContextManager:
+    """Scores have a gradient where new tokens are made with them, and not only chosen by them."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and site.weighted)
+
+
 class Prunable:
     """What base models and heads have in common for their user."""
 
@@ -181,6 +279,7 @@ class Prunable:
             ValueError: quoting the value and the rule it breaks; the old pruning stays.
         """
         self.config.pruning = pruning
+        self.base_model.fit_token_predictors()
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """Saves under the current parameter names, which stock models load as well as the old ones.
@@ -208,6 +307,23 @@ class TokenPruneModel(Prunable):
     _can_record_outputs = {}
     output_class: type
     structural_tokens = 1
+
+    def post_init(self) -> None:
+        self.fit_token_predictors()
+        super().post_init()
+
+    def fit_token_predictors(self) -> None:
+        """Gives a new token predictor to each layer whose site needs one and that has none yet."""
+        layers = [module for module in self.modules() if isinstance(module, TokenPruneLayer)]
+        for index, site in ({} if self.config.pruning is None else self.config.pruning.sites).items():
+            if site.saliency != "learned" or layers[index].predictor is not None:
+                continue
+            like = next(layers[index].parameters())
+            with torch.device(like.device):
+                predictor = TokenPredictor(self.config.hidden_size)
+            layers[index].token_predictor = predictor.to(like.dtype).train(layers[index].training)
+            for module in predictor.modules():
+                self._init_weights(module)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What a family does to the last layer's output."""
@@ -304,12 +420,13 @@ class TokenPruneModel(Prunable):
                 hidden_states.append(_restore(hidden, state, bank))
             plan = self._plan(index, attention, not call.whole_sequence and index == len(layers) - 1, call)
             before, before_state = hidden, state
-            hidden, state, attention_map = layer(hidden, state, plan, self.config)
+            hidden, states, attention_map = layer(hidden, state, plan, self.config)
+            state = states.left
             if plan.site is not None and state.carrier is not None:
                 bank = _deposit(before, before_state, state, bank)
             if call.attentions and attention_map is not None:
                 attentions.append(attention_map)
-            _collect(call, index, plan, before_state, state)
+            self._collect(call, index, plan, before_state, states)
         if call.hidden_states:
             hidden_states.append(_restore(hidden, state, bank))
         return self.output_class(
@@ -335,8 +452,23 @@ class TokenPruneModel(Prunable):
 
     def _plan(self, index: int, attention: str, first_token_only: bool, call: EncoderCall) -> LayerPlan:
         pruning = self.config.pruning
-        site = None if pruning is None or first_token_only else pruning.sites.get(index)
+        site = None if pruning is None else pruning.sites.get(index)
+        if site is not None and (site.idle or (first_token_only and site.place == "between")):
+            site = None  # no token is lost there, or none that is read
         return LayerPlan(site, pruning, attention, first_token_only, whole_map=call.attentions)
+
+    def _collect(self, call: EncoderCall, index: int, plan: LayerPlan, before: TokenState, states: LayerStates) -> None:
+        pruning = self.config.pruning
+        if call.trace and pruning is not None and index in pruning.sites:
+            call.states[index] = states.left
+        if not call.work:
+            return
+        entered, attending, left = states
+        first = plan.site is not None and SALIENCIES[plan.site.saliency].class_token
+        queries = entered.counts if plan.asks_all(entered) else attending.counts + first
+        call.layer_work.append(
+            LayerWork(before.counts, entered.counts, queries, attending.counts, left.counts, plan.site)
+        )
 
 
 def _token_mask(mask: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
@@ -364,16 +496,6 @@ def _restore(hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None)
     full = state.layout.gather(hidden, state.carrier)
     there = (state.carrier >= 0)[..., None]
     return torch.where(there, full, torch.zeros_like(full) if bank is None else bank)
-
-
-def _collect(call: EncoderCall, index: int, plan: LayerPlan, before: TokenState, after: TokenState) -> None:
-    if call.trace and plan.site is not None:
-        call.states[index] = after
-    if call.work:
-        contexts = before if plan.whole_map else after
-        queries = before.counts if plan.asks_all(before) else contexts.counts + (plan.site is not None)
-        saliency = None if plan.site is None else plan.site.saliency
-        call.layer_work.append(LayerWork(before.counts, queries, contexts.counts, after.counts, saliency))
 
 
 class TokenPruneHead(Prunable):

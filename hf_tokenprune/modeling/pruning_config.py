@@ -7,206 +7,32 @@ only ever reads `PruningConfig.sites`.
 """
 
 import inspect
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from decimal import Decimal
-from fractions import Fraction
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import pairwise
 from numbers import Integral, Real
-from types import MappingProxyType
 from typing import Any
+
+from .presets import PRESETS, DepthUnknown
+from .pruning_stage import (
+    MERGES,
+    RULES,
+    PruningStage,
+    Site,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_sequence,
+)
 
 
 FORMAT_VERSION = 1
 
 EXECUTIONS = ("auto", "packed", "padded", "masked")
-SALIENCIES = ("cls_attention", "received_attention")
-REDUCTIONS = ("drop",)
-PLACES = ("between",)
-
-
-def rate_ratio(rate: float) -> tuple[int, int]:
-    """The decimal that was written, exactly, as numerator and denominator: `0.7` is 7/10, so that 70 % of 90 tokens is
-    63 and not 62.
-
-    Decimals after the twelfth are cut, so that `tokens * numerator` stays inside int64 up to nine million tokens.
-    """
-    return Fraction(int(Fraction(repr(rate)) * 10**12), 10**12).as_integer_ratio()
-
-
-def keep_count(tokens: Any, ratio: tuple[int, int]) -> Any:
-    """`floor(tokens * ratio)` in integers; `tokens` may be an int, a symbolic size or an integer tensor."""
-    numerator, denominator = ratio
-    return tokens * numerator // denominator
-
-
-def _number(name: str, value: Any) -> float:
-    # An int beyond any float is not finite either.
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} ({value!r}) must be a finite number")
-    return float(value)
-
-
-def _integer(name: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"{name} ({value!r}) must be an integer >= {minimum}")
-    return int(value)
-
-
-def _choice(name: str, value: Any, known: Sequence[str]) -> str:
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-    return value
-
-
-def _sequence(name: str, value: Any) -> tuple:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} ({value!r}) must be a list")
-    return tuple(value)
-
-
-def _check_rate(name: str, value: Any) -> float:
-    rate = _number(name, value)
-    if not 0.0 < rate <= 1.0:
-        raise ValueError(f"{name} ({value!r}) must be in (0, 1]")
-    return rate
-
-
-def _check_threshold(name: str, value: Any) -> float:
-    threshold = _number(name, value)
-    if threshold < 0.0:
-        raise ValueError(f"{name} ({value!r}) must be >= 0")
-    return threshold
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How the values of a selection rule are checked.
-
-    check: `(name, value) -> value` for one layer's value.
-    falling: whether the values may not rise from layer to layer.
-    """
-
-    check: Callable[[str, Any], Any]
-    falling: bool
-
-    def check_order(self, name: str, values: Sequence[float]) -> None:
-        if self.falling and any(late > early for early, late in pairwise(values)):
-            raise ValueError(
-                f"{name} ({list(values)}) must not rise from layer to layer: a dropped token stays dropped"
-            )
-
-
-RULES = MappingProxyType(
-    {
-        # The fraction of the sample's prunable input tokens that is left after the site.
-        "keep_rate": Rule(check=_check_rate, falling=True),
-        # Keep j iff n * s_j >= value, n the alive tokens: uniform attention scores 1 at every length.
-        "relative_threshold": Rule(check=_check_threshold, falling=False),
-    }
-)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A stage at one layer, with the value that holds there; `ratio` is a keep rate as integers."""
-
-    layer: int
-    saliency: str
-    rule: str
-    value: float
-    reduction: str
-    place: str
-    ratio: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class PruningStage:
-    """One way of reducing tokens at one or more layers.
-
-    Args:
-        layers: 0-based layer indices, rising.
-        saliency: what is scored; one of `SALIENCIES`.
-        rule: how the scores decide; one of `RULES`.
-        values: the rule's value, one per layer.
-        reduction: what becomes of the tokens that do not stay; one of `REDUCTIONS`.
-        place: where in the layer; `"between"` attention and feed-forward.
-
-    Raises:
-        ValueError: an unknown name, a value out of range, layers or values that rise where they must not.
-    """
-
-    layers: tuple[int, ...]
-    saliency: str
-    rule: str
-    values: tuple[float, ...]
-    reduction: str = "drop"
-    place: str = "between"
-
-    def __post_init__(self) -> None:
-        layers = tuple(_integer("layer", layer, 0) for layer in _sequence("layers", self.layers))
-        if not layers:
-            raise ValueError("layers ([]) must name at least one layer")
-        if any(late <= early for early, late in pairwise(layers)):
-            raise ValueError(f"layers ({list(layers)}) must rise, each named once")
-        _choice("saliency", self.saliency, SALIENCIES)
-        _choice("reduction", self.reduction, REDUCTIONS)
-        _choice("place", self.place, PLACES)
-        rule = RULES[_choice("rule", self.rule, tuple(RULES))]
-        values = tuple(rule.check(self.rule, value) for value in _sequence("values", self.values))
-        if len(values) != len(layers):
-            raise ValueError(
-                f"values ({list(values)}) must be one per layer, and layers ({list(layers)}) are {len(layers)}"
-            )
-        rule.check_order(self.rule, values)
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "values", values)
-
-    def sites(self) -> list[Site]:
-        return [
-            Site(
-                layer,
-                self.saliency,
-                self.rule,
-                value,
-                self.reduction,
-                self.place,
-                rate_ratio(value) if self.rule == "keep_rate" else None,
-            )
-            for layer, value in zip(self.layers, self.values)
-        ]
-
-
-def _top_k(*, layers: Sequence[int], keep_rate: float = 0.7) -> list[PruningStage]:
-    """Keep the best by [CLS] attention; the rate compounds: rate^(s+1) of the input after site s.
-
-    TokenReduction's `topk` ("Which Tokens to Use?", ICCVW 2023).
-    """
-    layers = _sequence("layers", layers)
-    rate = Decimal(repr(_check_rate("keep_rate", keep_rate)))
-    values = [float(rate ** (site + 1)) for site in range(len(layers))]
-    return [PruningStage(layers, "cls_attention", "keep_rate", values)]
-
-
-def _adaptive(
-    *, layers: Sequence[int], threshold: float | Sequence[float] = 0.05, saliency: str = "cls_attention"
-) -> list[PruningStage]:
-    """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more."""
-    layers = _sequence("layers", layers)
-    values = [threshold] * len(layers) if isinstance(threshold, Real) else _sequence("threshold", threshold)
-    values = [_check_threshold("threshold", value) for value in values]
-    return [PruningStage(layers, saliency, "relative_threshold", values)]
-
-
-PRESETS: MappingProxyType[str, Callable[..., list[PruningStage]]] = MappingProxyType(
-    {"top_k": _top_k, "adaptive": _adaptive}
-)
 
 
 def _check_arguments(preset: str, function: Callable, given: dict[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters
+    parameters = {key: p for key, p in inspect.signature(function).parameters.items() if key != "num_layers"}
     takes = f"preset {preset!r} takes {', '.join(parameters)}; with every preset go {', '.join(COMMON_FIELDS)}"
     for name in given:
         if name not in parameters:
@@ -227,7 +53,11 @@ class PruningConfig:
             otherwise.
         protected_token_ids: ids that are never reduced ([SEP] and the like). They rank first inside a fixed budget.
         min_tokens: at least so many tokens of a sample stay, class token included, as far as it has them.
+        proportional_attention: whether a token that stands for several weighs as much in attention: log(size) is added
+            to its logits.
         preset_name: the preset that the stages come from, for the reader.
+        awaiting_depth: the hyper-parameters of `preset_name`, where the stages follow from the depth of a model; the
+            model's config calls `resolve`.
 
     Raises:
         ValueError: quoting the value and the rule it breaks.
@@ -237,20 +67,41 @@ class PruningConfig:
     execution: str = "auto"
     protected_token_ids: tuple[int, ...] = ()
     min_tokens: int = 1
+    proportional_attention: bool = False
     preset_name: str | None = None
+    awaiting_depth: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        stages = tuple(_stage(stage) for stage in _sequence("stages", self.stages))
-        _choice("execution", self.execution, EXECUTIONS)
+        stages = tuple(_stage(stage) for stage in check_sequence("stages", self.stages))
+        check_choice("execution", self.execution, EXECUTIONS)
         ids = sorted(
-            {_integer("protected_token_ids", i, 0) for i in _sequence("protected_token_ids", self.protected_token_ids)}
+            {
+                check_integer("protected_token_ids", i, 0)
+                for i in check_sequence("protected_token_ids", self.protected_token_ids)
+            }
         )
-        object.__setattr__(self, "min_tokens", _integer("min_tokens", self.min_tokens, 1))
+        object.__setattr__(self, "min_tokens", check_integer("min_tokens", self.min_tokens, 1))
+        check_bool("proportional_attention", self.proportional_attention)
         if self.preset_name is not None:
-            _choice("preset_name", self.preset_name, tuple(PRESETS))
+            check_choice("preset_name", self.preset_name, PRESETS)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "protected_token_ids", tuple(ids))
+        self._check_waiting()
         self._check_sites()
+
+    def _check_waiting(self) -> None:
+        waiting = dict(self.awaiting_depth)
+        object.__setattr__(self, "awaiting_depth", tuple((name, _frozen(value)) for name, value in waiting.items()))
+        if not waiting:
+            return
+        function = PRESETS.get(self.preset_name)
+        if function is None or self.stages or "num_layers" not in inspect.signature(function).parameters:
+            raise ValueError(
+                f"awaiting_depth ({waiting}) must be of a preset whose stages follow from the depth (preset_name is "
+                f"{self.preset_name!r}), and without stages"
+            )
+        _check_arguments(self.preset_name, function, waiting)
+        function(**_thawed(self.awaiting_depth), num_layers=_ANY_DEPTH)  # says what is wrong with the values
 
     def _check_sites(self) -> None:
         layers = [layer for stage in self.stages for layer in stage.layers]
@@ -277,19 +128,43 @@ class PruningConfig:
         Raises:
             ValueError: an unknown preset or hyper-parameter, a missing one, or a value out of range.
         """
-        function = PRESETS[_choice("preset", name, tuple(PRESETS))]
+        function = PRESETS[check_choice("preset", name, PRESETS)]
         common = {key: hyperparameters.pop(key) for key in COMMON_FIELDS if key in hyperparameters}
         _check_arguments(name, function, hyperparameters)
-        return cls(stages=tuple(function(**hyperparameters)), preset_name=name, **common)
+        try:
+            made = function(**hyperparameters)
+        except DepthUnknown:
+            made = {"awaiting_depth": _with_defaults(function, hyperparameters)}
+        return cls(**made, preset_name=name, **common)
+
+    def resolve(self, num_layers: int) -> "PruningConfig":
+        """This config for a model of `num_layers`: every stage names its layers and values.
+
+        Raises:
+            ValueError: a layer that such a model does not have.
+        """
+        config = self
+        if self.awaiting_depth:
+            made = PRESETS[self.preset_name](**_thawed(self.awaiting_depth), num_layers=num_layers)
+            config = replace(self, **made, awaiting_depth=())
+        for layer in config.sites:
+            if layer >= num_layers:
+                raise ValueError(f"layer ({layer}) must be in [0, {num_layers - 1}]: the model has {num_layers} layers")
+        return config
 
     @classmethod
     def coerce(cls, value: Any, num_layers: int | None = None) -> "PruningConfig | None":
         """A `PruningConfig` from what users write: one, None, a preset's name, its dict, or `{"preset": name, ...}`.
 
-        A preset that was given no layers gets `default_layers(num_layers)`.
+        With `num_layers` it is resolved, and a preset that was given no layers gets `default_layers(num_layers)`.
         """
-        if value is None or isinstance(value, cls):
-            return value
+        if value is None:
+            return None
+        config = value if isinstance(value, cls) else cls._written(value, num_layers)
+        return config if num_layers is None else config.resolve(num_layers)
+
+    @classmethod
+    def _written(cls, value: Any, num_layers: int | None) -> "PruningConfig":
         if isinstance(value, str):
             value = {"preset": value}
         if not isinstance(value, dict):
@@ -300,41 +175,43 @@ class PruningConfig:
             return cls.from_dict(value)
         hyperparameters = dict(value)
         name = hyperparameters.pop("preset", None)
-        function = PRESETS[_choice("preset", name, tuple(PRESETS))]
+        function = PRESETS[check_choice("preset", name, PRESETS)]
         if num_layers is not None and "layers" in inspect.signature(function).parameters:
             hyperparameters.setdefault("layers", default_layers(num_layers))
         return cls.preset(name, **hyperparameters)
 
     @cached_property
     def sites(self) -> dict[int, Site]:
-        """The site at each layer that has one."""
+        """The site at each layer that has one.
+
+        Raises:
+            ValueError: the stages follow from the depth of a model, which is not known yet.
+        """
+        if self.awaiting_depth:
+            raise ValueError(f"preset {self.preset_name!r} has its sites once the depth is known: resolve(num_layers)")
         return {site.layer: site for stage in self.stages for site in stage.sites()}
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raises a ValueError if a stage names a layer that a model of `num_layers` does not have."""
-        for layer in self.sites:
-            if layer >= num_layers:
-                raise ValueError(f"layer ({layer}) must be in [0, {num_layers - 1}]: the model has {num_layers} layers")
+    @property
+    def tracks_sizes(self) -> bool:
+        """Whether it matters for how many input tokens a token stands."""
+        return self.proportional_attention or any(stage.reduction in MERGES for stage in self.stages)
+
+    def check_class_token(self) -> None:
+        """Raises a ValueError if a stage scores by a class token, for models that have none."""
+        for stage in self.stages:
+            stage.check_class_token()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {
             "format_version": FORMAT_VERSION,
             "preset_name": self.preset_name,
-            "stages": [
-                {
-                    "layers": list(stage.layers),
-                    "saliency": stage.saliency,
-                    "rule": stage.rule,
-                    "values": list(stage.values),
-                    "reduction": stage.reduction,
-                    "place": stage.place,
-                }
-                for stage in self.stages
-            ],
+            "stages": [_plain(asdict(stage)) for stage in self.stages],
             "execution": self.execution,
             "protected_token_ids": list(self.protected_token_ids),
             "min_tokens": self.min_tokens,
+            "proportional_attention": self.proportional_attention,
+            "awaiting_depth": _thawed(self.awaiting_depth),
         }
 
     @classmethod
@@ -354,6 +231,40 @@ class PruningConfig:
 
 
 COMMON_FIELDS = ("execution", "protected_token_ids", "min_tokens")
+_ANY_DEPTH = 12
+
+
+def _with_defaults(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+    """All of a preset's hyper-parameters, in plain types."""
+    bound = inspect.signature(function).bind(**given)
+    bound.apply_defaults()
+    return {name: _plain(_list_of_pair(value)) for name, value in bound.arguments.items() if name != "num_layers"}
+
+
+def _list_of_pair(value: Any) -> Any:
+    """`(r, inflect)` as [r, float(inflect)], which no list of one r per layer is."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real):
+        return [value[0], float(value[1])]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """In JSON types."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _thawed(waiting: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in waiting}
 
 
 def _known_fields(cls: type, data: dict[str, Any]) -> dict[str, Any]:

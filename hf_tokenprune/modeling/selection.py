@@ -1,122 +1,272 @@
 """Selection rules: pure functions from scores to the rows that stay.
 
 One meaning for every execution: rows are the alive tokens of a sample in order, so a rule never sees the batch, the
-padding or the layout. Counts are integers; ties go to the earlier row.
+padding or the layout. Every rule says how many of a sample's best rows stay. Counts are integers; ties go to the
+earlier row.
 
 Shapes: B samples, K rows.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
-from .pruning_config import PruningConfig, Site, keep_count
-from .token_state import Selection, TokenState, on_device, shapes_only
+from .pruning_stage import FUSIONS, PruningStage, Site, keep_count
+from .token_state import Ints, Selection, TokenState, on_device, shapes_only
 
 
-# Steps of a millionth of the average token: ten times the rounding error of a float32 softmax, a thousandth of the
-# usual gap between scores.
-_GRID = 2.0**20
+# Steps of a millionth of the average token, or of a similarity: ten times the rounding error of a float32 softmax, a
+# thousandth of the usual gap between scores.
+GRID = 2.0**20
+_FAR = 2.0**38  # beyond every score on the grid
 
 
-def select(scores: torch.Tensor, state: TokenState, site: Site, config: PruningConfig) -> Selection:
-    """The rows that stay at a site.
+class Scores(NamedTuple):
+    """What a site knows of its rows.
 
-    Args:
-        scores: float32 [B, K], one per row; dead rows are ignored.
+    saliency: one per row, dead rows 0; sums to 1 over the alive rows of a sample, but for a similarity, where the
+        higher stays.                                                                  # float32 or wider [B, K]
+    match: the row that each row is most like, where similarity decides.               # long [B, K]
+    arrangement: the order in which rows go on; None: as they lie if the others are dropped, else the best first.
+        # long [B, K]
+    ranking: all rows, the best first, where the scores bring an order of their own; rows go on in it.  # long [B, K]
     """
+
+    saliency: torch.Tensor
+    match: torch.Tensor | None = None
+    arrangement: torch.Tensor | None = None
+    ranking: torch.Tensor | None = None
+
+    def after(self, home: torch.Tensor) -> "Scores":
+        """The scores of the rows of a cut, which no match goes with."""
+        return self._replace(saliency=self.saliency.gather(1, home))
+
+
+class Kept(NamedTuple):
+    """How many of each sample's best rows stay.
+
+    rows: enough for every sample; an int or a symbolic size.
+    each: one number per sample, on the host in eager mode; None: `rows`, all.
+    """
+
+    rows: Any
+    each: Ints | torch.Tensor | None = None
+
+
+@torch.no_grad()
+def select(scores: Scores, state: TokenState, site: Site, min_tokens: int) -> Selection:
+    """The rows that stay at a site, and those that are to go into them."""
     keys = _keys(scores, state)
-    if site.rule == "keep_rate":
-        return _best(keys, state, site.ratio, config.min_tokens)
-    return _above(keys, state, site.value, config.min_tokens)
+    budget = BUDGETS.get(site.rule)
+    kept = _reached(keys, scores, state, site, min_tokens) if budget is None else _budgets(state, site, min_tokens)
+    return _split(keys, scores, state, kept, site)
 
 
-def _keys(scores: torch.Tensor, state: TokenState) -> torch.Tensor:  # [B, K]
+@torch.no_grad()
+def cut(scores: Scores, state: TokenState, site: Site, min_tokens: int) -> Selection:
+    """The rows that are not dropped outright at a site with a cut."""
+    (only,) = PruningStage((site.layer,), site.saliency, "keep_count", (site.cut,)).sites()
+    return select(scores, state, only, min_tokens)
+
+
+def _keys(scores: Scores, state: TokenState) -> torch.Tensor:  # [B, K]
     """Length-invariant scores in whole steps of the grid, so that scores which differ by rounding errors are ties and
     uniform attention scores the same at every length. Protected rows are above all others, dead rows below."""
     layout = state.layout
-    average = layout.rows * _GRID if layout.full else layout.counts[:, None] * _GRID
-    keys = (scores * average).round_().nan_to_num_(nan=-1.0)
+    average = GRID if scores.match is not None else GRID * (layout.rows if layout.full else layout.counts[:, None])
+    keys = scores.saliency.detach() * average
+    keys = (keys.round_() if scores.ranking is None else keys).nan_to_num_(nan=-1.0)
     if not layout.full:
         keys.masked_fill_(~layout.alive, -torch.inf)
-    if state.protected is not None:
-        return keys.masked_fill_(state.protected, torch.inf)
-    prefix = state.input.prefix
-    if layout.full:
-        keys[:, :prefix].fill_(torch.inf)
+    elif state.protected is None:
+        keys[:, : state.input.prefix].fill_(torch.inf)
         return keys
-    return keys.masked_fill_(layout.alive & (layout.alive.cumsum(dim=1) <= prefix), torch.inf)
+    return keys.masked_fill_(state.held, torch.inf)
 
 
-def _best(keys: torch.Tensor, state: TokenState, ratio: tuple[int, int], min_tokens: int) -> Selection:
-    """Each sample's budget of best rows."""
-    rows, budgets = _budgets(state, ratio, min_tokens)
-    best = _order(keys, rows)
-    if budgets is None:
-        lengths = None if state.layout.lengths is None else (rows,) * keys.shape[0]
-        return Selection(best.sort(dim=1).values, None, lengths)
-    lengths = budgets if isinstance(budgets, tuple) else None
-    budgets = on_device(budgets, keys.device)
-    alive = torch.arange(rows, device=keys.device) < budgets[:, None]
-    total = keys.shape[1]
-    home = torch.where(alive, best, best + total).sort(dim=1).values  # the rest goes to the end
-    return Selection(torch.where(home < total, home, home - total), alive, lengths)
+# How many rows stay, the prefix included
 
 
-def _above(keys: torch.Tensor, state: TokenState, threshold: float, min_tokens: int) -> Selection:
-    """The rows that reach the threshold; protected rows and the `min_tokens` best are always among them."""
-    keep = keys >= threshold * _GRID
-    if min_tokens > 1:
-        keep |= _order(keys, keys.shape[1]).argsort(dim=1) < min_tokens
-    if not state.layout.full:
-        keep &= state.layout.alive
-    if shapes_only():
-        home = _order(keep.float(), keep.shape[1])
-        return Selection(home, keep.gather(1, home), None)
-    lengths = tuple(keep.sum(dim=1).tolist())  # a synchronisation on an accelerator
-    home = _order(keep.to(torch.int8), max(lengths))
-    return Selection(home, None if min(lengths) == max(lengths) else keep.gather(1, home), lengths)
+def _keep_rate(tokens: "_Tokens", site: Site) -> Any:
+    return tokens.prefix + keep_count(tokens.initial - tokens.prefix, site.ratio)
 
 
-def _order(keys: torch.Tensor, rows: Any) -> torch.Tensor:
-    """The `rows` rows of highest key, falling; ties in the order of their positions."""  # long [B, rows]
-    if shapes_only():  # exporters know no stable sort: with its position in it, each key is unique
-        total = keys.shape[1]
-        return (keys.double() * total - torch.arange(total, device=keys.device)).topk(rows, dim=1).indices
-    return keys.argsort(dim=1, descending=True, stable=True)[:, :rows]
+def _site_keep_rate(tokens: "_Tokens", site: Site) -> Any:
+    numerator, denominator = site.ratio
+    return tokens.prefix + ((tokens.alive - tokens.prefix) * numerator + denominator - 1) // denominator
 
 
-def _budgets(
-    state: TokenState, ratio: tuple[int, int], min_tokens: int
-) -> tuple[int, tuple[int, ...] | torch.Tensor | None]:
-    """How many rows hold every sample's budget, and each sample's own, None: just as many."""
-    layout, (length, prefix, initial, protected, uniform) = state.layout, state.input
-    rule = prefix, ratio, min_tokens
-    if uniform and layout.full:
-        return _known_budget(initial[0], protected and protected[0], layout.rows, *rule), None
-    if layout.lengths is not None:
-        samples = zip(initial, protected or (None,) * len(initial), layout.lengths)
-        budgets = tuple(_known_budget(*sample, *rule) for sample in samples)
-        return max(budgets), None if min(budgets) == max(budgets) else budgets
-    rows = _budget(length, None, layout.rows, *rule)
-    if layout.full and protected is None:
-        return rows, None
-    return rows, _budget(initial, protected, state.counts, *rule).clamp(max=rows)
+def _keep_count(tokens: "_Tokens", site: Site) -> Any:
+    return site.value
 
 
-def _budget(initial: Any, protected: Any, alive: Any, prefix: int, ratio: tuple[int, int], min_tokens: int) -> Any:
-    """The one integer function: rows that a sample of `initial` tokens keeps of `alive` ones, the prefix included."""
+def _remove_count(tokens: "_Tokens", site: Site) -> Any:
+    return tokens.alive - _least((tokens.alive - tokens.held) // 2, site.value)
+
+
+class _Tokens(NamedTuple):
+    """Tokens of a sample, or of each: ints, symbolic sizes or integer tensors."""
+
+    initial: Any
+    alive: Any
+    prefix: Any
+    held: Any
+
+
+BUDGETS: MappingProxyType[str, Callable[[_Tokens, Site], Any]] = MappingProxyType(
+    {
+        "keep_rate": _keep_rate,
+        "site_keep_rate": _site_keep_rate,
+        "keep_count": _keep_count,
+        "remove_count": _remove_count,
+    }
+)
+
+
+def _budget(initial: Any, held: Any, alive: Any, prefix: int, site: Site, min_tokens: int) -> Any:
+    """The one integer function: rows that a sample of `initial` tokens keeps of `alive` ones."""
     prefix = _least(initial, prefix)
-    kept = _most(prefix + keep_count(initial - prefix, ratio), min_tokens)
-    return _least(kept if protected is None else _most(kept, protected), alive)
+    held = prefix if held is None else held
+    kept = BUDGETS[site.rule](_Tokens(initial, alive, prefix, held), site)
+    return _least(_most(_most(kept, held), min_tokens), alive)
 
 
 _known_budget = lru_cache(maxsize=4096)(_budget)
 
 
+def _budgets(state: TokenState, site: Site, min_tokens: int) -> Kept:
+    layout, (length, prefix, initial, held, uniform) = state.layout, state.input
+    rule = prefix, site, min_tokens
+    if uniform and layout.full:
+        return Kept(_known_budget(initial[0], held and held[0], layout.rows, *rule))
+    if layout.lengths is not None:
+        samples = zip(initial, held or (None,) * len(initial), layout.lengths)
+        return _of_host(tuple(_known_budget(*sample, *rule) for sample in samples), layout.full)
+    rows = _budget(length, None, layout.rows, *rule)
+    if layout.full and held is None:
+        return Kept(rows)
+    return Kept(rows, _budget(initial, held, state.counts, *rule).clamp(max=rows))
+
+
+def _of_host(each: Ints, full: bool) -> Kept:
+    return Kept(max(each), None if full and min(each) == max(each) else each)
+
+
+# How many rows reach a score
+
+
+def _reached(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site, min_tokens: int) -> Kept:
+    """Protected rows and the `min_tokens` best are always among them."""
+    if site.rule == "top_p":
+        counts = _mass_counts(keys, scores, state, site.value)
+    else:
+        counts = (keys >= _least_key(state, site)).sum(dim=1)
+    counts = counts.clamp(min=min_tokens).minimum(state.counts)
+    if shapes_only():
+        return Kept(keys.shape[1], counts)
+    return _of_host(tuple(counts.tolist()), state.layout.full)  # a synchronisation on an accelerator
+
+
+def _least_key(state: TokenState, site: Site) -> Any:
+    if site.rule == "relative_threshold":
+        return site.value * GRID
+    if site.rule == "padded_threshold":
+        return site.value * GRID * state.input.length
+    return site.value * GRID * state.counts[:, None]
+
+
+def _mass_counts(keys: torch.Tensor, scores: Scores, state: TokenState, share: float) -> torch.Tensor:  # [B]
+    """The fewest rows, protected ones first, whose saliency sums to `share` of all."""
+    best = scores.saliency.detach().gather(1, _order(keys, scores, keys.shape[1])).double()
+    units = (best * GRID * GRID).round()
+    before = units.cumsum(dim=1) - units
+    needed = (before < share * units.sum(dim=1, keepdim=True)).sum(dim=1)
+    return needed.maximum(state.held.sum(dim=1))
+
+
+# The rows themselves
+
+
+def _split(keys: torch.Tensor, scores: Scores, state: TokenState, kept: Kept, site: Site) -> Selection:
+    fuse, drop = site.reduction in FUSIONS, site.reduction == "drop"
+    if kept.each is None and state.layout.full:
+        return _split_alike(keys, scores, kept.rows, fuse, drop)
+    total = keys.shape[1]
+    alive = state.layout.lengths
+    host = alive is not None
+    alive = alive if host else state.counts
+    each = new = kept.each
+    fused = False
+    if fuse:
+        gone = tuple(min(a - k, 1) for a, k in zip(alive, each)) if host else (alive - each).clamp(max=1)
+        new = tuple(k + g for k, g in zip(each, gone)) if host else each + gone
+        fused = on_device(gone, keys.device)[:, None] > 0
+    rows = max(new) if host else _least(kept.rows + fuse, total)
+    order = _order(keys, scores, rows if drop else total)
+    numbers = on_device(new, keys.device)[:, None]
+    there = torch.arange(rows, device=keys.device) < numbers
+    home = _arranged(order[:, :rows], scores, drop, there)
+    lengths = new if host else None
+    there = None if host and min(new) == max(new) else there
+    if drop:
+        return Selection(home, there, lengths)
+    most = max(a - n for a, n in zip(alive, new)) if host else total
+    if host and not most:
+        return Selection(home, there, lengths, fused)
+    index = numbers + torch.arange(most, device=keys.device)
+    rest = order.gather(1, index.clamp(max=total - 1))
+    return Selection(home, there, lengths, fused, rest, index < state.counts[:, None])
+
+
+def _split_alike(keys: torch.Tensor, scores: Scores, kept: Any, fuse: bool, drop: bool) -> Selection:
+    """Every sample has as many rows and keeps as many."""
+    total = keys.shape[1]
+    if fuse and shapes_only():
+        fused = (torch.arange(1, device=keys.device) < total - kept)[None]
+    else:
+        fused = fuse and kept < total
+    new = _least(kept + 1, total) if fuse else kept
+    order = _order(keys, scores, new if drop else total)
+    lengths = None if shapes_only() else (new,) * keys.shape[0]
+    home = _arranged(order[:, :new], scores, drop, None)
+    if drop or (not shapes_only() and new == total):
+        return Selection(home, None, lengths, fused)
+    return Selection(home, None, lengths, fused, order[:, new:])
+
+
+def _arranged(best: torch.Tensor, scores: Scores, drop: bool, there: torch.Tensor | None) -> torch.Tensor:
+    """The new rows in the order in which they go on; dead ones at the end."""
+    if scores.arrangement is not None:
+        place = scores.arrangement.gather(1, best)
+    elif drop and scores.ranking is None:
+        place = best
+    else:
+        return best
+    if there is not None:
+        place = torch.where(there, place, place + scores.saliency.shape[1])
+    return best.gather(1, place.argsort(dim=1))
+
+
+def _order(keys: torch.Tensor, scores: Scores, rows: Any) -> torch.Tensor:  # long [B, rows]
+    return best_rows(keys, rows) if scores.ranking is None else scores.ranking[:, :rows]
+
+
+def best_rows(keys: torch.Tensor, rows: Any) -> torch.Tensor:
+    """The `rows` rows of highest key, falling; ties in the order of their positions."""  # long [B, rows]
+    if shapes_only():  # exporters know no stable sort: with its position in it, each key is unique
+        total = keys.shape[1]
+        keys = keys.double().clamp(-_FAR, _FAR)
+        return (keys * total - torch.arange(total, device=keys.device)).topk(rows, dim=1).indices
+    return keys.argsort(dim=1, descending=True, stable=True)[:, :rows]
+
+
 def _least(a: Any, b: Any) -> Any:
-    """The smaller of two ints, symbolic sizes or integer tensors (the first, if one is a tensor)."""
+    """The smaller of two ints, symbolic sizes or integer tensors."""
+    if isinstance(b, torch.Tensor):
+        a, b = b, a
     if isinstance(a, torch.Tensor):
         return a.minimum(b) if isinstance(b, torch.Tensor) else a.clamp(max=b)
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
@@ -124,6 +274,8 @@ def _least(a: Any, b: Any) -> Any:
 
 def _most(a: Any, b: Any) -> Any:
     """The larger one, likewise."""
+    if isinstance(b, torch.Tensor):
+        a, b = b, a
     if isinstance(a, torch.Tensor):
         return a.maximum(b) if isinstance(b, torch.Tensor) else a.clamp(min=b)
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)

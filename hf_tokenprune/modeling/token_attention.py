@@ -7,7 +7,6 @@ Shapes: B samples, K rows, T alive tokens of the batch, H heads, d features of a
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +49,16 @@ class AttentionKernel(NamedTuple):
             **kwargs,
         )
 
-    def mask(self, query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor) -> torch.Tensor | None:
-        """The mask that hides dead keys, in the form that this kernel takes."""
+    def mask(
+        self, query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor | None, bias: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The mask that hides dead keys, in the form that this kernel takes; with a bias [b, m], added to the logits of
+        each key, in the form that all take that take one at all."""
+        if bias is not None:
+            bias = bias if alive is None else bias.masked_fill(~alive, torch.finfo(query.dtype).min)
+            return bias[:, None, None, :].to(query.dtype)
+        if alive is None:
+            return None
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=query.flatten(2),
@@ -67,20 +74,25 @@ def attend(
     value: torch.Tensor,
     queries: Layout,
     keys: Layout,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Every query row attends to the alive key rows of its own sample.
 
     Args:
         query: [.., H, d] laid out as `queries`. key, value: [.., H, d] laid out as `keys`.
+        bias: added to the logits of each key, [..] laid out as `keys`. Kernels that take none give way to SDPA.
 
     Returns:
         The context, laid out as `queries`, [.., A]; and the kernel's weights, if it gives any: one [b, H, n, m] per
         call, in sample order.
     """
+    if bias is not None and kernel.name not in ("eager", "sdpa"):
+        kernel = kernel._replace(name="sdpa")
     if isinstance(keys, PackedRows):
-        return _attend_packed(kernel, query, key, value, queries, keys)
+        return _attend_packed(kernel, query, key, value, queries, keys, bias)
     masked = isinstance(keys, MaskedRows)
-    mask = kernel.mask(query, key, keys.visible if masked else keys.alive) if masked or not keys.full else None
+    alive = keys.visible if masked else None if keys.full else keys.alive
+    mask = kernel.mask(query, key, alive, bias)
     context, weights = kernel(query, key, value, mask)
     return context.flatten(2), [] if weights is None else [weights]
 
@@ -92,37 +104,43 @@ def _attend_packed(
     value: torch.Tensor,
     queries: PackedRows,
     keys: PackedRows,
+    bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     if kernel.name.startswith("flash_attention"):
         with named("attention by flash attention's variable lengths"):
             context, _ = kernel(query, key, value, None, **_varlen_arguments(queries, keys))
         return context.flatten(2), []
     if queries.full and keys.full:
-        context, weights = kernel(queries.spread(query), keys.spread(key), keys.spread(value), None)
+        query, key, value = queries.spread(query), keys.spread(key), keys.spread(value)
+        mask = None if bias is None else kernel.mask(query, key, None, keys.spread(bias))
+        context, weights = kernel(query, key, value, mask)
         return context.view(1, queries.tokens, -1), [] if weights is None else [weights]
     if query.is_cuda and kernel.name == "sdpa":
-        if has_varlen(query) and not (kernel.module.training and kernel.dropout):
+        if bias is None and has_varlen(query) and not (kernel.module.training and kernel.dropout):
             with named("attention by torch's variable lengths"):
                 return _varlen(kernel, query, key, value, queries, keys), []
         with named("attention padded for itself alone"):
-            return attend_by_padding(kernel, query, key, value, queries, keys), []
+            return attend_by_padding(kernel, query, key, value, queries, keys, bias), []
     runs = queries.runs(keys)
     with named(f"attention in {len(runs)} runs of equal lengths"):
-        return _attend_in_runs(kernel, query, key, value, runs)
+        return _attend_in_runs(kernel, query, key, value, runs, bias)
 
 
 def _attend_in_runs(
-    kernel: AttentionKernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: list[Run]
+    kernel: AttentionKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runs: list[Run],
+    bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     contexts, maps = [], []
     for run in runs:
         # [b, n, H, d]: views, nothing is copied
-        context, weights = kernel(
-            query[0, run.queries].unflatten(0, (run.count, -1)),
-            key[0, run.keys].unflatten(0, (run.count, -1)),
-            value[0, run.keys].unflatten(0, (run.count, -1)),
-            None,
-        )
+        queries = query[0, run.queries].unflatten(0, (run.count, -1))
+        keys, values = (x[0, run.keys].unflatten(0, (run.count, -1)) for x in (key, value))
+        mask = None if bias is None else kernel.mask(queries, keys, None, bias[0, run.keys].view(run.count, -1))
+        context, weights = kernel(queries, keys, values, mask)
         contexts.append(context.flatten(0, 1).flatten(1))
         if weights is not None:
             maps.append(weights)
@@ -136,10 +154,12 @@ def attend_by_padding(
     value: torch.Tensor,
     queries: PackedRows,
     keys: PackedRows,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Packed rows through one padded call: the attention alone pays for padding. Returns the context [1, T, A]."""
     query, key, value = queries.spread(query), keys.spread(key), keys.spread(value)
-    context, _ = kernel(query, key, value, kernel.mask(query, key, keys.alive))
+    bias = None if bias is None else keys.spread(bias)
+    context, _ = kernel(query, key, value, kernel.mask(query, key, keys.alive, bias))
     return context.flatten(2).flatten(0, 1).index_select(0, queries.cells)[None]
 
 
@@ -177,79 +197,6 @@ def _varlen(
     query = query * (kernel.scaling * query.shape[-1] ** 0.5)
     context = varlen_attn(query[0], key[0], value[0], queries.ends, keys.ends, queries.rows, keys.rows)
     return context.flatten(1)[None]
-
-
-def first_token_scores(
-    query: torch.Tensor, key: torch.Tensor, keys: Layout, scaling: float, heads: int
-) -> torch.Tensor:
-    """The class token's attention to the alive rows of its sample, mean over heads, in float32.
-
-    Args:
-        query: each sample's first query [B, A].
-        key: [.., A] laid out as `keys`.
-
-    Returns:
-        [B, K], rows of alive tokens sum to 1, dead rows 0.
-    """
-    query = query.float() * scaling
-
-    def score(samples: slice, alive: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
-        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast.
-        logits = (key.float() * query[samples, None]).unflatten(-1, (heads, -1)).sum(dim=-1)  # [b, n, H]
-        if alive is not None:
-            logits = logits.masked_fill(~alive[:, :, None], -torch.inf)
-        return logits.softmax(dim=1).mean(dim=2)
-
-    return _scores(score, keys, key)
-
-
-def received_scores(query: torch.Tensor, key: torch.Tensor, rows: Layout, scaling: float, heads: int) -> torch.Tensor:
-    """The attention each alive row receives from the alive rows of its sample, mean over heads and rows, in float32.
-
-    Args:
-        query, key: [.., A] laid out as `rows`.
-
-    Returns:
-        [B, K], rows of alive tokens sum to 1, dead rows 0.
-    """
-
-    def score(_: slice, alive: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
-        query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in parts)  # [b, H, n, d]
-        logits = (query * scaling) @ key.mT  # [b, H, n, n]
-        if alive is None:
-            return logits.softmax(dim=-1).mean(dim=(1, 2))
-        weights = logits.masked_fill(~alive[:, None, None], -torch.inf).softmax(dim=-1)
-        weights = weights.mean(dim=1).masked_fill(~alive[:, :, None], 0.0)
-        return weights.sum(dim=1) / alive.sum(dim=1, keepdim=True)
-
-    return _scores(score, rows, query, key)
-
-
-def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor) -> torch.Tensor:
-    """Scores [B, K] of ragged rows: a run of equal lengths at a time on a CPU, padded for the score alone elsewhere.
-
-    Args:
-        score: `(samples, alive [b, n] or None, *parts [b, n, ..]) -> [b, n]`.
-        x: laid out as `rows`.
-    """
-    everyone = slice(None)
-    with _without_autocast(x[0]):
-        if rows.full:
-            return score(everyone, None, *map(rows.spread, x))
-        if not isinstance(rows, PackedRows) or x[0].is_cuda:
-            return score(everyone, rows.alive, *map(rows.spread, x))
-        scores = torch.zeros(rows.samples, rows.rows, device=x[0].device)
-        for run in rows.runs(rows):
-            parts = (part[0, run.keys].unflatten(0, (run.count, -1)) for part in x)
-            of_run = score(run.samples, None, *parts)
-            scores[run.samples, : of_run.shape[1]] = of_run
-    return scores
-
-
-def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """Autocast would take float32 scores down to half precision again."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def maps_at_positions(

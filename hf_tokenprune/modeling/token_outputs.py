@@ -15,6 +15,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from .pruning_stage import Site
 from .token_state import TokenState
 
 
@@ -29,12 +30,16 @@ class TokenTrace(ModelOutput):
         layers: the layers of the S sites, a list.
         counts: long [S, B], tokens alive after each site.
         source: long [S, B, N], for each original position the row, among the alive tokens of its own sample, that
-            carries it after the site; -1 where it was dropped, and for padding.
+            carries it after the site; -1 where it was dropped, and for padding. Positions with the same row were fused
+            or merged.
+        sizes: float32 [S, B, N], for each row the input tokens that it stands for, as attention weighs it; 0 behind the
+            last row.
     """
 
     layers: list[int] | None = None
     counts: torch.Tensor | None = None
     source: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,15 +79,16 @@ class TokenPruneImageClassifierOutput(ImageClassifierOutput):
 class LayerWork:
     """How many tokens of each sample one layer computed what for; all long [B].
 
-    keys: keys and values. queries: queries, those for the scores included. contexts: attention rows and output
-    projections. feed_forward: feed-forwards. saliency: what was scored there, None without a site.
+    arrived: tokens at the layer's input. keys: keys and values. queries: queries, those for the scores included.
+    contexts: attention rows and output projections. feed_forward: feed-forwards. site: what was reduced there, and how.
     """
 
+    arrived: torch.Tensor
     keys: torch.Tensor
     queries: torch.Tensor
     contexts: torch.Tensor
     feed_forward: torch.Tensor
-    saliency: str | None
+    site: Site | None
 
 
 @dataclass
@@ -117,8 +123,10 @@ class EncoderCall:
             return None
         counts = [state.counts for state in self.states.values()]
         source = [state.ranked_carrier() for state in self.states.values()]
+        sizes = [state.ranked_sizes() for state in self.states.values()]
         return TokenTrace(
             layers=list(self.states),
             counts=torch.stack(counts) if counts else self.start.counts[None][:0],
             source=torch.stack(source) if source else self.start.carrier[None][:0],
+            sizes=torch.stack(sizes) if sizes else self.start.carrier[None][:0].float(),
         )

@@ -42,16 +42,37 @@ def on_device(numbers: Any, device: torch.device) -> torch.Tensor:
 
 
 class Selection(NamedTuple):
-    """Which rows stay.
+    """Which rows stay, and which may go into them.
 
-    home: the row each kept row comes from, rising among the alive ones, no row twice.  # long [B, K']
-    alive: which of the K' rows are tokens, None: all.                                  # bool [B, K']
+    home: the row each new row comes from, no row twice.                               # long [B, K']
+    alive: which of the K' rows are tokens, None: all.                                 # bool [B, K']
     lengths: tokens per sample, on the host; None under compile and export.
+    fused: in which samples the last new row stands for all that do not stay; it comes from the best of them. One bool,
+        where they agree.                                                              # bool [B, 1]
+    rest: the other rows that do not stay, None: none, or they are dropped.            # long [B, R]
+    rest_alive: which of the R are tokens, None: all.                                  # bool [B, R]
     """
 
     home: torch.Tensor
     alive: torch.Tensor | None
     lengths: Ints | None
+    fused: torch.Tensor | bool = False
+    rest: torch.Tensor | None = None
+    rest_alive: torch.Tensor | None = None
+
+
+class Blend(NamedTuple):
+    """What new rows are made of: `own` times the row each comes from, plus `share` times each of the rest.
+
+    own: [B, K']. target: the new row that each of the rest goes into, -1: it is dropped; long [B, R]. share: [B, R].
+    size: how many input tokens each new row stands for, as attention weighs it; None where that is not followed.
+        # [B, K']
+    """
+
+    own: torch.Tensor
+    target: torch.Tensor
+    share: torch.Tensor
+    size: torch.Tensor | None
 
 
 class Run(NamedTuple):
@@ -143,9 +164,18 @@ class PackedRows:
             return x.view(self.samples, self.rows, *x.shape[2:])
         return x[0, self.row_index]
 
+    def lay(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[B, K, ...]` as they lie in memory: the inverse of `spread`."""
+        flat = rows.flatten(0, 1)
+        return (flat if self.full else flat.index_select(0, self.cells))[None]
+
+    def places(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where rows `[B, M]` lie in the flattened memory, long [B, M]."""
+        return (rows + self.starts[:, None]).clamp(0, self.tokens - 1)
+
     def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Reads `x` at rows `[B, M]`: `[B, M, ...]`."""
-        return x[0, (rows + self.starts[:, None]).clamp(0, x.shape[1] - 1)]
+        return x[0, self.places(rows)]
 
     def after(self, selection: Selection) -> "PackedRows":
         home = selection.home
@@ -179,13 +209,19 @@ class PaddedRows:
         return x
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self._index is None else _gather(x, self._index)
+        return x if self._index is None else gather_rows(x, self._index)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def lay(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def places(self, rows: torch.Tensor) -> torch.Tensor:
+        return _flat(rows.clamp(min=0), self.rows)
+
     def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return _gather(x, rows.clamp(min=0))
+        return gather_rows(x, rows.clamp(min=0))
 
     def after(self, selection: Selection) -> "PaddedRows":
         alive, full = _alive(selection)
@@ -196,7 +232,7 @@ class PaddedRows:
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """Each sample's first token, `[B, ...]`."""
-        return _gather(x, _first_row(self.alive, self.full))[:, 0]
+        return gather_rows(x, _first_row(self.alive, self.full))[:, 0]
 
 
 class MaskedRows:
@@ -228,10 +264,19 @@ class MaskedRows:
         return x
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        return _gather(x, self.slots)
+        return gather_rows(x, self.slots)
+
+    def lay(self, rows: torch.Tensor) -> torch.Tensor:
+        """Zeros where no row is."""
+        empty = rows.new_zeros(rows.shape[0] * self.length, *rows.shape[2:])
+        laid = empty.index_copy(0, _flat(self.slots, self.length).flatten(), rows.flatten(0, 1))
+        return laid.view(rows.shape[0], self.length, *rows.shape[2:])
+
+    def places(self, rows: torch.Tensor) -> torch.Tensor:
+        return _flat(self.slots.gather(1, rows.clamp(min=0)), self.length)
 
     def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return _gather(x, self.slots.gather(1, rows.clamp(min=0)))
+        return gather_rows(x, self.slots.gather(1, rows.clamp(min=0)))
 
     def after(self, selection: Selection) -> "MaskedRows":
         alive, full = _alive(selection)
@@ -242,16 +287,20 @@ class MaskedRows:
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """Each sample's first token, `[B, ...]`."""
-        return _gather(x, self.slots.gather(1, _first_row(self.alive, self.full)))[:, 0]
+        return gather_rows(x, self.slots.gather(1, _first_row(self.alive, self.full)))[:, 0]
 
 
 Layout = PackedRows | PaddedRows | MaskedRows
 
 
-def _gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """x [B, K, ...] at rows [B, M] -> [B, M, ...]; whole rows are copied, and not one feature after the other."""
-    flat = rows + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, flat.flatten()).view(*rows.shape, *x.shape[2:])
+    return x.flatten(0, 1).index_select(0, _flat(rows, x.shape[1]).flatten()).view(*rows.shape, *x.shape[2:])
+
+
+def _flat(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows [B, M] of B samples of `length` places, counted through."""
+    return rows + torch.arange(rows.shape[0], device=rows.device)[:, None] * length
 
 
 def _first_row(alive: torch.Tensor, full: bool) -> torch.Tensor:  # long [B, 1]
@@ -293,6 +342,8 @@ class TokenState(NamedTuple):
     protected: rows that every method keeps, prefix included; None: the prefix alone.        # bool [B, K]
     positions: the original position of each row; None where nobody asks.                    # long [B, K]
     carrier: the row that carries each original position, -1 where it is gone; None likewise. # long [B, N]
+    size: input tokens that each row stands for, as attention weighs it; None: one, everywhere, or nobody asks.
+        # float32 [B, K]
     """
 
     layout: Layout
@@ -300,6 +351,7 @@ class TokenState(NamedTuple):
     protected: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     carrier: torch.Tensor | None = None
+    size: torch.Tensor | None = None
 
     @property
     def alive(self) -> torch.Tensor:  # bool [B, K]
@@ -310,18 +362,39 @@ class TokenState(NamedTuple):
         """Alive tokens per sample."""  # long [B]
         return self.layout.counts
 
-    def after(self, selection: Selection) -> "TokenState":
-        """The state once only the selected rows are left."""
+    @property
+    def held(self) -> torch.Tensor:
+        """Rows that every method keeps, the prefix included."""  # bool [B, K]
+        if self.protected is not None:
+            return self.protected
+        return self.alive & (self.alive.cumsum(dim=1) <= self.input.prefix)
+
+    def after(self, selection: Selection, blend: Blend | None = None) -> "TokenState":
+        """The state once only the selected rows are left, with the rest in them as `blend` says, or dropped."""
         layout, home = self.layout.after(selection), selection.home
+        size = None if self.size is None else self.size.gather(1, home)
         if self.protected is None and self.carrier is None:
-            return TokenState(layout, self.input)
+            return TokenState(layout, self.input, size=size if blend is None else blend.size)
         return TokenState(
             layout,
             self.input,
             None if self.protected is None else self.protected.gather(1, home) & layout.alive,
             None if self.positions is None else self.positions.gather(1, home),
-            None if self.carrier is None else _follow(self.carrier, self.alive, home, layout.alive),
+            None if self.carrier is None else self._follow(selection, layout.alive, blend),
+            size if blend is None else blend.size,
         )
+
+    def _follow(self, selection: Selection, alive: torch.Tensor, blend: Blend | None) -> torch.Tensor:
+        """The carrier once rows have moved."""
+        home, rest = selection.home, selection.rest
+        rows = torch.arange(home.shape[1], device=home.device).expand_as(home)
+        nowhere = self.alive.shape[1]  # a column that nobody reads
+        target = torch.full((home.shape[0], nowhere + 1), -1, dtype=torch.long, device=home.device)
+        target = target.scatter(1, home, torch.where(alive, rows, -1))  # [B, K + 1]
+        if blend is not None and rest is not None:
+            rest = rest if selection.rest_alive is None else torch.where(selection.rest_alive, rest, nowhere)
+            target = target.scatter(1, rest, blend.target)
+        return torch.where(self.carrier >= 0, target.gather(1, self.carrier.clamp(min=0)), -1)
 
     def only_first(self) -> "TokenState":
         """The state once only each sample's first token is left, with nothing followed any more."""
@@ -332,12 +405,29 @@ class TokenState(NamedTuple):
         ranks = self.alive.cumsum(dim=1) - 1
         return torch.where(self.carrier >= 0, ranks.gather(1, self.carrier.clamp(min=0)), -1)
 
+    def ranked_sizes(self) -> torch.Tensor:
+        """What the alive tokens of each sample stand for, by rank; zeros behind the last."""  # float32 [B, N]
+        carrier = self.ranked_carrier()
+        if self.size is None:
+            counted = carrier.new_zeros(carrier.shape[0], carrier.shape[1] + 1)
+            return counted.scatter_add(1, carrier + 1, torch.ones_like(carrier))[:, 1:].float()
+        ranks = torch.where(self.alive, self.alive.cumsum(dim=1), 0)
+        sizes = self.size.new_zeros(carrier.shape[0], carrier.shape[1] + 1)
+        return sizes.scatter(1, ranks, torch.where(self.alive, self.size, 0.0))[:, 1:].float()
 
-def _follow(carrier: torch.Tensor, before: torch.Tensor, home: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-    rows = torch.arange(home.shape[1], device=home.device).expand_as(home)
-    target = torch.full(before.shape, -1, dtype=torch.long, device=home.device)
-    target = target.scatter(1, home, torch.where(alive, rows, -1))  # [B, K]
-    return torch.where(carrier >= 0, target.gather(1, carrier.clamp(min=0)), -1)
+
+def blended(hidden: torch.Tensor, before: Layout, after: Layout, selection: Selection, blend: Blend) -> torch.Tensor:
+    """New rows from old ones: hidden [.., D], laid out as `before` -> laid out as `after`.
+
+    Sums are in float32 or wider.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    rows = after.take(hidden).to(wide) * after.lay(blend.own.to(wide))[..., None]
+    if selection.rest is not None:
+        share = blend.share.to(wide)[..., None]
+        parts = (before.gather(hidden, selection.rest).to(wide) * share).flatten(0, 1)
+        rows = rows.flatten(0, 1).index_add(0, after.places(blend.target.clamp(min=0)).flatten(), parts).view_as(rows)
+    return rows.to(hidden.dtype)
 
 
 def start_state(

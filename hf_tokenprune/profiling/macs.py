@@ -3,7 +3,7 @@
 The counts come from the token states of a real call, so adaptive methods are counted as they decided.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..convert import prune
 from ..families import native_to_pruned
+from ..modeling.pruning_stage import MERGES
 from ..modeling.token_outputs import EncoderCall, LayerWork
 
 
@@ -81,8 +82,8 @@ def count_call(call: EncoderCall, config: Any) -> MacCount:
 
 def _unpruned_work(call: EncoderCall, *, lossless: bool) -> list[LayerWork]:
     """The layers' work on the same tokens with nothing pruned: by our engine (lossless) or by the stock encoder."""
-    tokens = call.layer_work[0].keys
-    whole = LayerWork(keys=tokens, queries=tokens, contexts=tokens, feed_forward=tokens, saliency=None)
+    tokens = call.layer_work[0].arrived
+    whole = LayerWork(tokens, keys=tokens, queries=tokens, contexts=tokens, feed_forward=tokens, site=None)
     last = whole
     if lossless and not call.whole_sequence:
         one = torch.ones_like(tokens)
@@ -101,8 +102,39 @@ def _layer_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
     macs = macs + (work.queries + work.contexts) * hidden * width  # query and output projections
     macs = macs + 2 * work.contexts * work.keys * width  # attention logits, and the mean of the values
     macs = macs + work.feed_forward * config.feed_forward_macs
-    if work.saliency == "cls_attention":  # one row of logits
-        return macs + work.keys * width
-    if work.saliency == "received_attention":  # the map
-        return macs + work.keys * work.keys * width
-    return macs
+    return macs if work.site is None else macs + _site_macs(work, config)
+
+
+def _site_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
+    """What the pruning itself costs: its score, its matching, and the rows that it makes."""
+    site, hidden = work.site, config.hidden_size
+    scored = work.keys if site.place == "between" else work.arrived
+    macs = _SCORES[site.saliency](scored, config)
+    if site.reduction == "drop":
+        return macs
+    kept = work.feed_forward if site.place == "between" else work.keys
+    going = scored if site.cut is None else scored.clamp(max=site.cut)
+    rest = going - kept
+    if site.reduction in MERGES and site.saliency != "key_similarity":
+        macs = macs + rest * kept * hidden  # the map of similarities
+    return macs + rest * hidden
+
+
+# By tokens that are scored and the model's config.
+_SCORES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
+    "cls_attention": lambda n, config: n * config.attention_width,  # one row of logits
+    "cls_value_norm": lambda n, config: 2 * n * config.attention_width,  # and the norms
+    "received_attention": lambda n, config: n * n * config.attention_width,  # the map
+    "received_from_others": lambda n, config: n * n * config.attention_width,
+    "key_norm": lambda n, config: n * config.attention_width,
+    "residual_shift": lambda n, config: n * config.hidden_size,
+    "learned": lambda n, config: n * _predictor_macs(config.hidden_size),
+    "random": lambda n, config: 0 * n,
+    "key_similarity": lambda n, config: ((n + 1) // 2) ** 2 * (config.attention_width // config.num_attention_heads),
+}
+
+
+def _predictor_macs(width: int) -> int:
+    """Of one token: D to D, to D / 2, to D / 4, to 2."""
+    half, quarter = width // 2, width // 4
+    return width * width + width * half + half * quarter + quarter * 2

@@ -1,0 +1,229 @@
+"""Named methods: functions from hyper-parameters to the fields of a `PruningConfig`.
+
+A preset is a composition of saliencies, rules and reductions, and nothing else. One that takes `num_layers` may have a
+schedule that follows from the model's depth: asked for it before the depth is known, it raises `DepthUnknown`.
+"""
+
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Integral, Real
+from types import MappingProxyType
+from typing import Any
+
+from .pruning_stage import (
+    PruningStage,
+    check_bool,
+    check_count,
+    check_number,
+    check_rate,
+    check_removed,
+    check_sequence,
+    check_threshold,
+)
+
+
+class DepthUnknown(Exception):
+    """A preset's stages follow from the depth of a model, and there is none yet."""
+
+
+def _depth(num_layers: int | None) -> int:
+    if num_layers is None:
+        raise DepthUnknown
+    return num_layers
+
+
+def _compounded(keep_rate: float, sites: int) -> list[float]:
+    """rate, rate^2, ..., as exact decimals."""
+    rate = Decimal(repr(keep_rate))
+    return [float(rate ** (site + 1)) for site in range(sites)]
+
+
+def _each_site(name: str, value: Any, layers: Sequence[int], check: Callable[[str, Any], Any]) -> list:
+    """One value for all sites, or one per site."""
+    values = [value] * len(layers) if isinstance(value, Real) else check_sequence(name, value)
+    return [check(name, one) for one in values]
+
+
+def _each_layer(name: str, values: Any, check: Callable[[str, Any], Any]) -> tuple[range, list]:
+    """The layers that a list of values, one per layer, is for."""
+    values = [check(name, value) for value in check_sequence(name, values)]
+    return range(len(values)), values
+
+
+def _top_k(*, layers: Sequence[int], keep_rate: float = 0.7, saliency: str = "cls_attention") -> dict[str, Any]:
+    """Keep the best; the rate compounds: rate^(s+1) of the input after site s.
+
+    TokenReduction's `topk` ("Which Tokens to Use?", ICCVW 2023).
+    """
+    layers = check_sequence("layers", layers)
+    values = _compounded(check_rate("keep_rate", keep_rate), len(layers))
+    return {"stages": [PruningStage(layers, saliency, "keep_rate", values)]}
+
+
+def _evit(
+    *, layers: Sequence[int], keep_rate: float = 0.7, fuse_token: bool | str = True, saliency: str = "cls_attention"
+) -> dict[str, Any]:
+    """Keep ceil(rate n) of what arrives at each site and fuse the rest, weighted by saliency, into one more token.
+
+    `fuse_token="normalized"`: weights that sum to 1. EViT, ICLR 2022.
+    """
+    layers = check_sequence("layers", layers)
+    reductions = {True: "fuse", False: "drop", "normalized": "fuse_normalized"}
+    if not isinstance(fuse_token, (bool, str)) or fuse_token not in reductions:
+        raise ValueError(f"fuse_token ({fuse_token!r}) must be True, False or 'normalized'")
+    values = _each_site("keep_rate", keep_rate, layers, check_rate)
+    return {"stages": [PruningStage(layers, saliency, "site_keep_rate", values, reductions[fuse_token])]}
+
+
+def _tome(
+    *,
+    r: int | tuple[int, float] | Sequence[int] = 8,
+    proportional_attention: bool = True,
+    num_layers: int | None = None,
+) -> dict[str, Any]:
+    """Merge the r most similar pairs of tokens at each layer; no training needed.
+
+    r: for every layer; or `(r, inflect)`, from int(r (1 - inflect)) at the first layer linearly to 2r minus that at the
+    last; or one per layer, 0 for those that the list leaves out. ToMe, ICLR 2023.
+    """
+    schedule = _merge_schedule(r, _depth(num_layers))
+    stage = PruningStage(range(len(schedule)), "key_similarity", "remove_count", schedule, "merge")
+    return {"stages": [stage], "proportional_attention": check_bool("proportional_attention", proportional_attention)}
+
+
+def _merge_schedule(r: Any, num_layers: int) -> list[int]:
+    if isinstance(r, Real):
+        return [check_removed("r", r)] * num_layers
+    given = check_sequence("r", r)
+    inflected = len(given) == 2 and (isinstance(r, tuple) or not isinstance(given[1], Integral) or given[1] < 0)
+    if not inflected:
+        listed = [check_removed("r", value) for value in given]
+        return listed + [0] * (num_layers - len(listed))
+    mean, inflect = check_removed("r", given[0]), check_number("inflect", given[1])
+    if not -1.0 <= inflect <= 1.0:
+        raise ValueError(f"inflect ({inflect!r}) must be in [-1, 1]; a schedule of one r per layer is a list")
+    first = int(mean * (1 - Fraction(repr(inflect))))
+    step = Fraction(2 * (mean - first), max(num_layers - 1, 1))
+    return [int(first + step * layer) for layer in range(num_layers)]
+
+
+def _diffrate(*, prune_kept: Sequence[int], merge_kept: Sequence[int]) -> dict[str, Any]:
+    """At each layer drop all but the `prune_kept` best and merge those beyond the `merge_kept` best into the others.
+
+    One number per layer, special tokens counted. DiffRate, ICCV 2023.
+    """
+    layers, cut = _each_layer("prune_kept", prune_kept, check_count)
+    _, kept = _each_layer("merge_kept", merge_kept, check_count)
+    stage = PruningStage(layers, "cls_attention", "keep_count", kept, "merge_mean", cut=cut)
+    return {"stages": [stage], "proportional_attention": True}
+
+
+def _dynamicvit(*, layers: Sequence[int], base_rate: float = 0.7) -> dict[str, Any]:
+    """Before each of the layers keep the rate^(s+1) that a small trained predictor likes best.
+
+    DynamicViT, NeurIPS 2021.
+    """
+    layers = check_sequence("layers", layers)
+    values = _compounded(check_rate("base_rate", base_rate), len(layers))
+    return {"stages": [PruningStage(layers, "learned", "keep_rate", values, place="before")]}
+
+
+def _power_bert(*, retention: Sequence[int]) -> dict[str, Any]:
+    """Keep the `retention[l]` tokens ([CLS] counted) that get most attention from others. PoWER-BERT, ICML 2020."""
+    layers, values = _each_layer("retention", retention, check_count)
+    return {"stages": [PruningStage(layers, "received_from_others", "keep_count", values)]}
+
+
+def _length_adaptive(
+    *, length_config: Sequence[int] | None = None, keep_rate: float | None = None, num_layers: int | None = None
+) -> dict[str, Any]:
+    """Keep the `length_config[l]` tokens that get most attention; or rate^(l+1) of the input after every layer l.
+
+    Dropped tokens come back with their last state (Drop-and-Restore). Length-Adaptive Transformer, ACL 2021.
+    """
+    _one_of(length_config=length_config, keep_rate=keep_rate)
+    if length_config is not None:
+        layers, values = _each_layer("length_config", length_config, check_count)
+        return {"stages": [PruningStage(layers, "received_attention", "keep_count", values)]}
+    values = _compounded(check_rate("keep_rate", keep_rate), _depth(num_layers))
+    return {"stages": [PruningStage(range(len(values)), "received_attention", "keep_rate", values)]}
+
+
+def _ltp(
+    *,
+    final_token_threshold: float | None = None,
+    thresholds: Sequence[float] | None = None,
+    padded_scores: bool = False,
+    num_layers: int | None = None,
+) -> dict[str, Any]:
+    """Keep the tokens whose received attention reaches the layer's threshold: final x l / L, or one per layer.
+
+    `padded_scores=True` divides by the padded length, as the reference does: results then change with the padding.
+    LTP, KDD 2022.
+    """
+    _one_of(final_token_threshold=final_token_threshold, thresholds=thresholds)
+    if thresholds is None:
+        final = check_threshold("final_token_threshold", final_token_threshold)
+        depth = _depth(num_layers)
+        thresholds = [final * layer / depth for layer in range(depth)]
+    layers, values = _each_layer("thresholds", thresholds, check_threshold)
+    rule = "padded_threshold" if check_bool("padded_scores", padded_scores) else "threshold"
+    return {"stages": [PruningStage(layers, "received_attention", rule, values)]}
+
+
+def _one_of(**given: Any) -> None:
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"exactly one of {', '.join(given)} must be given, not {given!r}")
+
+
+def _adaptive(
+    *, layers: Sequence[int], threshold: float | Sequence[float] = 0.05, saliency: str = "cls_attention"
+) -> dict[str, Any]:
+    """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more."""
+    layers = check_sequence("layers", layers)
+    values = _each_site("threshold", threshold, layers, check_threshold)
+    return {"stages": [PruningStage(layers, saliency, "relative_threshold", values)]}
+
+
+def _adaptive_fuse(
+    *, layers: Sequence[int], threshold: float | Sequence[float] = 0.05, saliency: str = "cls_attention"
+) -> dict[str, Any]:
+    """`adaptive`, with the dropped tokens in one summary token, weighted by their saliency."""
+    layers = check_sequence("layers", layers)
+    values = _each_site("threshold", threshold, layers, check_threshold)
+    return {"stages": [PruningStage(layers, saliency, "relative_threshold", values, "fuse_normalized")]}
+
+
+def _value_merge(*, layers: Sequence[int], keep_rate: float = 0.7) -> dict[str, Any]:
+    """Keep the best by [CLS] attention x value norm; each other token merges into the most similar one that stays."""
+    layers = check_sequence("layers", layers)
+    values = _compounded(check_rate("keep_rate", keep_rate), len(layers))
+    stage = PruningStage(layers, "cls_value_norm", "keep_rate", values, "merge")
+    return {"stages": [stage], "proportional_attention": True}
+
+
+def _top_p(
+    *, layers: Sequence[int], p: float | Sequence[float] = 0.9, saliency: str = "cls_attention"
+) -> dict[str, Any]:
+    """Keep the fewest tokens whose saliency sums to p, sample by sample."""
+    layers = check_sequence("layers", layers)
+    return {"stages": [PruningStage(layers, saliency, "top_p", _each_site("p", p, layers, check_rate))]}
+
+
+PRESETS: MappingProxyType[str, Callable[..., dict[str, Any]]] = MappingProxyType(
+    {
+        "top_k": _top_k,
+        "evit": _evit,
+        "tome": _tome,
+        "diffrate": _diffrate,
+        "dynamicvit": _dynamicvit,
+        "power_bert": _power_bert,
+        "length_adaptive": _length_adaptive,
+        "ltp": _ltp,
+        "adaptive": _adaptive,
+        "adaptive_fuse": _adaptive_fuse,
+        "value_merge": _value_merge,
+        "top_p": _top_p,
+    }
+)

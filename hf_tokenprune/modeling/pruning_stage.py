@@ -1,0 +1,302 @@
+"""One stage of a pruning: what is scored, what decides, what becomes of the rest. Names and values are checked here.
+
+A new saliency, rule or reduction is one entry in a table of this file and one function on the floor.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from numbers import Integral, Real
+from types import MappingProxyType
+from typing import Any
+
+
+PLACES = ("between", "before")
+
+
+def rate_ratio(rate: float) -> tuple[int, int]:
+    """The decimal that was written, exactly, as numerator and denominator: `0.7` is 7/10, so that 70 % of 90 tokens is
+    63 and not 62.
+
+    Decimals after the twelfth are cut, so that `tokens * numerator` stays inside int64 up to nine million tokens.
+    """
+    return Fraction(int(Fraction(repr(rate)) * 10**12), 10**12).as_integer_ratio()
+
+
+def keep_count(tokens: Any, ratio: tuple[int, int]) -> Any:
+    """`floor(tokens * ratio)` in integers; `tokens` may be an int, a symbolic size or an integer tensor."""
+    numerator, denominator = ratio
+    return tokens * numerator // denominator
+
+
+def check_number(name: str, value: Any) -> float:
+    # An int beyond any float is not finite either.
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} ({value!r}) must be a finite number")
+    return float(value)
+
+
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ValueError(f"{name} ({value!r}) must be an integer >= {minimum}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
+    if value not in tuple(known):
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} ({value!r}) must be True or False")
+    return value
+
+
+def check_sequence(name: str, value: Any) -> tuple:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise ValueError(f"{name} ({value!r}) must be a list")
+    return tuple(value)
+
+
+def check_rate(name: str, value: Any) -> float:
+    rate = check_number(name, value)
+    if not 0.0 < rate <= 1.0:
+        raise ValueError(f"{name} ({value!r}) must be in (0, 1]")
+    return rate
+
+
+def check_threshold(name: str, value: Any) -> float:
+    threshold = check_number(name, value)
+    if threshold < 0.0:
+        raise ValueError(f"{name} ({value!r}) must be >= 0")
+    return threshold
+
+
+def check_count(name: str, value: Any) -> int:
+    return check_integer(name, value, 1)
+
+
+def check_removed(name: str, value: Any) -> int:
+    return check_integer(name, value, 0)
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """What a score needs.
+
+    Args:
+        class_token: the class token's attention: not for models without one.
+        queries: the query of every token, and a full map.
+        places: where in the layer it can be had.
+        similarity: says how alike two tokens are, and with whom each would merge, not how much a token matters.
+    """
+
+    class_token: bool = False
+    queries: bool = False
+    places: tuple[str, ...] = ("between",)
+    similarity: bool = False
+
+
+# s_j, positive and summing to 1 over the alive tokens of a sample, but for the similarity.
+SALIENCIES = MappingProxyType(
+    {
+        "cls_attention": Saliency(class_token=True),  # mean_h A[h, cls, j]
+        "cls_value_norm": Saliency(class_token=True),  # mean_h A[h, cls, j] ||v[h, j]|| (ATS)
+        "received_attention": Saliency(queries=True),  # mean over heads and alive rows of A[h, i, j]
+        "received_from_others": Saliency(queries=True),  # the same without i = j (PoWER-BERT)
+        "key_norm": Saliency(),  # mean_h ||k[h, j]||
+        "residual_shift": Saliency(),  # ||F(x_j) - x_j||, F the layer's attention half; no map
+        "learned": Saliency(places=PLACES),  # a predictor's probability that the token stays (DynamicViT)
+        "random": Saliency(places=PLACES),  # the control: by place and `seed` alone
+        "key_similarity": Saliency(similarity=True),  # cosine of the mean key to the nearest of the other half (ToMe)
+    }
+)
+
+REDUCTIONS = (
+    "drop",
+    "fuse",  # one token more, sum_j s_j x_j over the dropped ones (EViT)
+    "fuse_normalized",  # the same with weights that sum to 1
+    "merge",  # each into the most similar token that stays, mean weighted by size (ToMe)
+    "merge_mean",  # likewise, plain mean; sizes grow by similarity x size (DiffRate)
+)
+MERGES = ("merge", "merge_mean")
+FUSIONS = ("fuse", "fuse_normalized")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the values of a selection rule are checked.
+
+    check: `(name, value) -> value` for one layer's value.
+    falling: whether the values may not rise from layer to layer.
+    idle: the value at which every token stays, if there is one.
+    """
+
+    check: Callable[[str, Any], Any]
+    falling: bool = False
+    idle: float | None = None
+
+    def check_order(self, name: str, values: Sequence[float]) -> None:
+        if self.falling and any(late > early for early, late in pairwise(values)):
+            raise ValueError(
+                f"{name} ({list(values)}) must not rise from layer to layer: a dropped token stays dropped"
+            )
+
+
+# n: alive tokens of the sample; N: the padded length; P: its structural tokens.
+RULES = MappingProxyType(
+    {
+        "keep_rate": Rule(check_rate, falling=True, idle=1),  # P + floor(value x (tokens at the input - P))
+        "site_keep_rate": Rule(check_rate, idle=1),  # P + ceil(value x (n - P))
+        "keep_count": Rule(check_count, falling=True),  # value, P counted
+        "remove_count": Rule(check_removed, idle=0),  # n - min(value, half of the unprotected tokens)
+        "relative_threshold": Rule(check_threshold, idle=0),  # j with n s_j >= value: the same at every length
+        "threshold": Rule(check_threshold, idle=0),  # j with s_j >= value
+        "padded_threshold": Rule(check_threshold, idle=0),  # j with s_j n / N >= value: scores that change with padding
+        "top_p": Rule(check_rate, idle=1),  # the fewest tokens whose saliency sums to value
+    }
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A stage at one layer, with the values that hold there; `ratio` is a rate as integers."""
+
+    layer: int
+    saliency: str
+    rule: str
+    value: float
+    reduction: str
+    place: str
+    ratio: tuple[int, int] | None
+    cut: int | None
+    seed: int
+
+    @property
+    def idle(self) -> bool:
+        """Whether no input loses a token here."""
+        return self.cut is None and self.value == RULES[self.rule].idle
+
+    @property
+    def weighted(self) -> bool:
+        """Whether new tokens are made with the scores, and not only chosen by them."""
+        return self.reduction in FUSIONS
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token goes through the layer's attention, because nobody is dropped before it."""
+        return (self.reduction != "drop" and self.cut is None) or self.saliency == "residual_shift"
+
+
+@dataclass(frozen=True)
+class PruningStage:
+    """One way of reducing tokens at one or more layers.
+
+    Args:
+        layers: 0-based layer indices, rising.
+        saliency: what is scored; one of `SALIENCIES`.
+        rule: how the scores decide; one of `RULES`.
+        values: the rule's value, one per layer.
+        reduction: what becomes of the tokens that do not stay; one of `REDUCTIONS`.
+        place: where in the layer; `"between"` attention and feed-forward, or `"before"` the layer.
+        cut: tokens, one number per layer, beyond which the worst are dropped before the others of those that do not
+            stay are fused or merged (DiffRate); None: no token is dropped.
+        seed: of the random saliency.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, layers or values that rise where they must not, names that
+            do not go together.
+    """
+
+    layers: tuple[int, ...]
+    saliency: str
+    rule: str
+    values: tuple[float, ...]
+    reduction: str = "drop"
+    place: str = "between"
+    cut: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        layers = tuple(check_integer("layer", layer, 0) for layer in check_sequence("layers", self.layers))
+        if not layers:
+            raise ValueError("layers ([]) must name at least one layer")
+        if any(late <= early for early, late in pairwise(layers)):
+            raise ValueError(f"layers ({list(layers)}) must rise, each named once")
+        check_choice("saliency", self.saliency, SALIENCIES)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("place", self.place, PLACES)
+        rule = RULES[check_choice("rule", self.rule, RULES)]
+        values = _per_layer("values", self.values, layers, lambda value: rule.check(self.rule, value))
+        rule.check_order(self.rule, values)
+        if self.cut is not None:
+            cut = _per_layer("cut", self.cut, layers, lambda value: check_count("cut", value))
+            object.__setattr__(self, "cut", cut)
+        object.__setattr__(self, "seed", check_integer("seed", self.seed, 0))
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "values", values)
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        saliency = SALIENCIES[self.saliency]
+        if self.place not in saliency.places:
+            raise ValueError(
+                f"place ({self.place!r}) must be {' or '.join(map(repr, saliency.places))} with saliency "
+                f"{self.saliency!r}; {self.place!r} goes with {_names(lambda s: self.place in s.places)}"
+            )
+        if saliency.similarity and (self.rule != "remove_count" or self.reduction not in MERGES):
+            raise ValueError(
+                f"saliency {self.saliency!r} pairs tokens: rule ({self.rule!r}) must be 'remove_count' and reduction "
+                f"({self.reduction!r}) one of {', '.join(MERGES)}"
+            )
+        if self.cut is None:
+            return
+        if self.reduction == "drop" or self.rule != "keep_count":
+            raise ValueError(
+                f"cut ({list(self.cut)}) must go with rule 'keep_count' (not {self.rule!r}) and a reduction that fuses "
+                f"or merges (not {self.reduction!r})"
+            )
+        for kept, cut in zip(self.values, self.cut):
+            if kept > cut:
+                raise ValueError(f"the tokens that stay ({kept}) must be at most those of the cut ({cut})")
+
+    def sites(self) -> list[Site]:
+        return [
+            Site(
+                layer,
+                self.saliency,
+                self.rule,
+                value,
+                self.reduction,
+                self.place,
+                rate_ratio(value) if self.rule in ("keep_rate", "site_keep_rate") else None,
+                cut,
+                self.seed,
+            )
+            for layer, value, cut in zip(self.layers, self.values, self.cut or [None] * len(self.layers))
+        ]
+
+    def check_class_token(self) -> None:
+        """Raises a ValueError where the score is of a class token, for models that have none."""
+        if SALIENCIES[self.saliency].class_token:
+            raise ValueError(
+                f"saliency ({self.saliency!r}) needs a class token, which this model does not have; "
+                f"{_names(lambda s: not s.class_token)} would do; 'received_attention' is the usual substitute"
+            )
+
+
+def _per_layer(name: str, values: Any, layers: tuple[int, ...], check: Callable[[Any], Any]) -> tuple:
+    checked = tuple(check(value) for value in check_sequence(name, values))
+    if len(checked) != len(layers):
+        raise ValueError(
+            f"{name} ({list(checked)}) must be one per layer, and layers ({list(layers)}) are {len(layers)}"
+        )
+    return checked
+
+
+def _names(which: Callable[[Saliency], bool]) -> str:
+    return ", ".join(name for name, saliency in SALIENCIES.items() if which(saliency))

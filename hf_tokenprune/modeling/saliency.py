@@ -1,0 +1,277 @@
+"""Saliencies: pure functions from what a layer has at hand to one score per row.
+
+All are computed in float32 or wider, outside autocast, sample by sample: no score sees another sample or padding.
+
+Shapes: B samples, K rows, H heads, d features of a head, A = H * d; b samples of n rows are scored at a time. `..` is
+how the rows of the call lie in memory.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from .selection import GRID, Scores, best_rows
+from .token_state import Layout, PackedRows, TokenState, gather_rows
+
+
+def first_token_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    keys: Layout,
+    scaling: float,
+    heads: int,
+    bias: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The class token's attention to the alive rows of its sample, mean over heads.
+
+    Args:
+        query: each sample's first query [B, A].
+        key: [.., A] laid out as `keys`.
+        bias: added to the logits of each key, [..].
+        value: [.., A]: each head's attention is multiplied by the norm of what it would fetch (ATS, ECCV 2022).
+
+    Returns:
+        [B, K], rows of alive tokens sum to 1, dead rows 0.
+    """
+    query = _wide(query) * scaling
+
+    def score(samples: slice, alive: torch.Tensor | None, key: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast.
+        logits = (_wide(key) * query[samples, None]).unflatten(-1, (heads, -1)).sum(dim=-1)  # [b, n, H]
+        if bias is not None:
+            logits = logits + more[-1][..., None]
+        if alive is not None:
+            logits = logits.masked_fill(~alive[:, :, None], -torch.inf)
+        weights = logits.softmax(dim=1)
+        if value is None:
+            return weights.mean(dim=2)
+        return _shares((weights * _head_norms(more[0], heads)).sum(dim=2), alive)
+
+    return _scores(score, keys, key, *(x for x in (value, bias) if x is not None))
+
+
+def received_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rows: Layout,
+    scaling: float,
+    heads: int,
+    bias: torch.Tensor | None = None,
+    diagonal: bool = True,
+) -> torch.Tensor:
+    """The attention each alive row receives from the alive rows of its sample, mean over heads and rows.
+
+    Args:
+        query, key: [.., A] laid out as `rows`.
+        bias: added to the logits of each key, [..].
+        diagonal: whether what a row gives itself counts (it does not in PoWER-BERT, ICML 2020).
+
+    Returns:
+        [B, K], rows of alive tokens sum to 1, dead rows 0.
+    """
+
+    def score(_: slice, alive: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+        query, key = (_wide(x.unflatten(-1, (heads, -1)).transpose(1, 2)) for x in parts[:2])  # [b, H, n, d]
+        logits = (query * scaling) @ key.mT  # [b, H, n, n]
+        if bias is not None:
+            logits = logits + parts[2][:, None, None]
+        if alive is not None:
+            logits = logits.masked_fill(~alive[:, None, None], -torch.inf)
+        weights = logits.softmax(dim=-1).mean(dim=1)  # [b, n, n]
+        if alive is not None:
+            weights = weights.masked_fill(~alive[:, :, None], 0.0)
+        if not diagonal:
+            return _shares(weights.sum(dim=1) - weights.diagonal(dim1=1, dim2=2), alive)
+        return weights.sum(dim=1) / (weights.shape[1] if alive is None else alive.sum(dim=1, keepdim=True))
+
+    return _scores(score, rows, query, key, *(() if bias is None else (bias,)))
+
+
+def key_norm_scores(key: torch.Tensor, rows: Layout, heads: int) -> torch.Tensor:
+    """The norm of each row's key, mean over heads, as a share of its sample's: [B, K]."""
+    return _scores(lambda _, alive, key: _shares(_head_norms(key, heads).sum(dim=2), alive), rows, key)
+
+
+def shift_scores(before: torch.Tensor, after: torch.Tensor, rows: Layout) -> torch.Tensor:
+    """How far each row moved, ||after - before||, as a share of its sample's: [B, K]. before, after: [.., D]."""
+
+    def score(_: slice, alive: torch.Tensor | None, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return _shares(torch.linalg.vector_norm(_wide(after) - _wide(before), dim=-1), alive)
+
+    return _scores(score, rows, before, after)
+
+
+class TokenPredictor(nn.Module):
+    """How likely each token is to stay, from itself and the mean of its sample. DynamicViT, NeurIPS 2021.
+
+    Names and shapes are the reference's.
+
+    Args:
+        width: D, a multiple of 4.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+            nn.LogSoftmax(dim=-1),
+        )
+
+    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probabilities to stay and to go.
+
+        Args:
+            x: [b, n, D].
+            counted: the rows that the mean is over, bool [b, n]; None: all.
+
+        Returns:
+            [b, n, 2]
+        """
+        x = x.to(self.in_conv[0].weight.dtype)  # under autocast hidden states may be narrower
+        local, whole = self.in_conv(x).chunk(2, dim=-1)
+        if counted is None:
+            mean = whole.sum(dim=1, keepdim=True) / max(whole.shape[1], 1)
+        else:
+            total = whole.masked_fill(~counted[..., None], 0.0).sum(dim=1, keepdim=True)
+            mean = total / counted.sum(dim=1).clamp(min=1)[:, None, None]
+        return self.out_conv(torch.cat([local, mean.expand_as(whole)], dim=-1))
+
+
+def learned_scores(predictor: TokenPredictor, hidden: torch.Tensor, state: TokenState) -> Scores:
+    """The probability that each row behind the structural prefix stays, as a share of its sample's.
+
+    An untrained predictor tells tokens apart by no more than rounding. To keep the reference's tokens even then, rows
+    are ranked as it ranks them, ties as torch sorts them, and go on in that order, in which the next mean is summed.
+
+    hidden: [.., D] laid out as the state's rows.
+    """
+    prefix = state.input.prefix
+
+    def score(_: slice, alive: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+        if alive is None:
+            stays = predictor(hidden[:, prefix:])[..., 0].double()
+        else:
+            counted = alive & (alive.cumsum(dim=1) > prefix)
+            stays = predictor(hidden, counted)[..., 0].double().masked_fill(~counted, -torch.inf)
+        place = stays.detach().argsort(dim=1, descending=True).argsort(dim=1)
+        both = torch.stack([_shares(stays.exp(), alive), place.double()], dim=-1)
+        return nn.functional.pad(both, (0, 0, prefix if alive is None else 0, 0))
+
+    shares, place = _scores(score, state.layout, hidden).unbind(dim=-1)
+    place = place.detach().masked_fill(~state.alive, torch.inf).masked_fill(state.held, -torch.inf)
+    return Scores(shares, ranking=best_rows(-place, shares.shape[1]))
+
+
+def random_scores(state: TokenState, layer: int, seed: int) -> torch.Tensor:
+    """Chance: a function of seed, layer, the row's place in its sample and the sample's length, so that neither batch
+    nor padding has a say. [B, K]"""
+    prime = 2**31 - 1
+    ranks = state.alive.cumsum(dim=1)
+    mixed = (ranks * 48_271 + state.counts[:, None] * 69_621 + (seed % prime) * 16_807 + layer * 950_706_376) % prime
+    for _ in range(4):  # squares stay below 2^62
+        mixed = (mixed * mixed + mixed * 3 + 1_013_904_223) % prime
+    return _shares(mixed.float() / prime, None if state.layout.full else state.alive)
+
+
+def key_similarity(key: torch.Tensor, state: TokenState, heads: int) -> Scores:
+    """ToMe's matching: the unprotected rows take turns as sources and targets; each source has a most similar target.
+
+    The saliency of a source is minus that similarity, so that the most alike go first; everyone else stays. Rows go on
+    as protected ones, sources, targets: the next turns depend on it. ToMe, ICLR 2023.
+
+    Args:
+        key: [.., A] laid out as the state's rows; the metric is the mean over heads.
+    """
+    layout, prefix = state.layout, state.input.prefix
+    with without_autocast(key):
+        metric = nn.functional.normalize(_wide(layout.spread(key)).unflatten(-1, (heads, -1)).mean(dim=2), dim=-1)
+    batch, rows = metric.shape[:2]
+    if layout.full and state.protected is None:
+        row = torch.arange(rows, device=key.device)[None]
+        free, turn = row >= prefix, row
+    else:
+        free = state.alive & ~state.held
+        turn = free.cumsum(dim=1) - 1 + prefix
+    is_source = (free & (turn % 2 == 0)).expand(batch, rows)
+    is_target = (free & (turn % 2 == 1)).expand(batch, rows)
+    half = (rows + 1) // 2
+    source, target = (best_rows(which.float(), half) for which in (is_source, is_target))
+    likeness = gather_rows(metric, source) @ gather_rows(metric, target).mT  # [B, half, half]
+    likeness = (likeness * GRID).round_().masked_fill_(~is_target.gather(1, target)[:, None], -torch.inf)
+    best, partner = likeness.max(dim=2)
+    saliency = metric.new_full((batch, rows), torch.inf)
+    saliency = saliency.scatter(1, source, torch.where(is_source.gather(1, source), -best / GRID, torch.inf))
+    match = source.new_zeros(batch, rows).scatter(1, source, target.gather(1, partner))
+    row = torch.arange(rows, device=key.device)
+    return Scores(saliency, match, row + rows * (is_source.long() + 2 * is_target.long()))
+
+
+def nearest(
+    rows: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, candidates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most similar target of each source by cosine.
+
+    Args:
+        rows: [B, K, D]. sources [B, R] and targets [B, K']: rows. candidates: targets that may be chosen, bool [B, K'].
+
+    Returns:
+        Places among the targets, long [B, R], -1 where there is no candidate; and the similarities [B, R].
+    """
+    with without_autocast(rows):
+        rows = nn.functional.normalize(_wide(rows), dim=-1)
+        likeness = gather_rows(rows, sources) @ gather_rows(rows, targets).mT  # [B, R, K']
+        likeness = (likeness * GRID).round_().masked_fill_(~candidates[:, None], -torch.inf)
+        best, place = likeness.max(dim=2)
+    found = best > -torch.inf
+    return torch.where(found, place, -1), torch.where(found, best / GRID, 0.0)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _head_norms(x: torch.Tensor, heads: int) -> torch.Tensor:  # [.., A] -> [.., H]
+    return torch.linalg.vector_norm(_wide(x).unflatten(-1, (heads, -1)), dim=-1)
+
+
+def _shares(x: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
+    """x [b, n] >= 0 as shares of the alive rows' sum; equal ones where that is 0."""
+    there = torch.ones_like(x) if alive is None else alive.to(x.dtype)
+    x = x if alive is None else x.masked_fill(~alive, 0.0)
+    total = x.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, x, there) / torch.where(total > 0, total, there.sum(dim=1, keepdim=True))
+
+
+def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor) -> torch.Tensor:
+    """Scores [B, K] of ragged rows: a run of equal lengths at a time on a CPU, padded for the score alone elsewhere.
+
+    Args:
+        score: `(samples, alive [b, n] or None, *parts [b, n, ..]) -> [b, n, ..]`.
+        x: laid out as `rows`.
+    """
+    everyone = slice(None)
+    with without_autocast(x[0]):
+        if rows.full:
+            return score(everyone, None, *map(rows.spread, x))
+        if not isinstance(rows, PackedRows) or x[0].is_cuda:
+            return score(everyone, rows.alive, *map(rows.spread, x))
+        parts = [
+            score(run.samples, None, *(part[0, run.keys].unflatten(0, (run.count, -1)) for part in x))
+            for run in rows.runs(rows)
+        ]
+        behind = (0, 0) * (parts[0].dim() - 2)
+        return torch.cat([nn.functional.pad(part, (*behind, 0, rows.rows - part.shape[1])) for part in parts])
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Autocast would take float32 scores down to half precision again."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
