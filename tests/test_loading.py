@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +217,12 @@ def test_fewer_layers_with_a_pruning_that_fits(case, saved):
 @pytest.mark.parametrize("case", tiny.ALL)
 def test_the_files_of_a_checkpoint(case, saved):
     files = sorted(path.name for path in saved.rglob("*"))
-    modules = ["configuration_tokenprune", "modeling_tokenprune", "pruning_config", "selection", "token_attention"]
-    modules += ["token_outputs", "token_state", family(case).module]
-    assert files == sorted([*(f"{name}.py" for name in modules), "config.json", "model.safetensors"])
     source = Path(hf_tokenprune.__file__).parent / "modeling"
+    shared = [path.stem for path in source.glob("*.py") if not re.match("__init__|modeling_tokenprune_", path.name)]
+    code = (source / f"{family(case).module}.py").read_text()
+    others = [other.module for other in FAMILIES.values() if f"from .{other.module} import" in code]
+    modules = [*shared, *others, family(case).module]
+    assert files == sorted([*(f"{name}.py" for name in modules), "config.json", "model.safetensors"])
     for name in modules:
         assert (saved / f"{name}.py").read_bytes() == (source / f"{name}.py").read_bytes()
 

@@ -50,11 +50,11 @@ def test_keeps_the_same_tokens(method, dtype, least, autocast, batch):
 
 
 def test_scores_are_float32(batch, monkeypatch):
-    from hf_tokenprune.modeling import modeling_tokenprune
+    from hf_tokenprune.modeling import token_reducer
 
-    seen, select = [], modeling_tokenprune.select
+    seen, select = [], token_reducer.select
     monkeypatch.setattr(
-        modeling_tokenprune, "select", lambda scores, *rest: seen.append(scores.dtype) or select(scores, *rest)
+        token_reducer, "select", lambda scores, *rest: seen.append(scores.saliency.dtype) or select(scores, *rest)
     )
     model = prune(AutoModel.from_pretrained(model_path("minilm-l6"), dtype=torch.bfloat16), METHODS["top_k"])
     _kept(model, {name: value[:2] for name, value in batch.items()})
