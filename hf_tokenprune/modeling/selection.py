@@ -22,6 +22,7 @@ from .token_state import Ints, Selection, TokenState, on_device, shapes_only
 # thousandth of the usual gap between scores.
 GRID = 2.0**20
 _FAR = 2.0**38  # beyond every score on the grid
+_BEHIND = 2**32  # beyond every row
 
 
 class Scores(NamedTuple):
@@ -246,7 +247,7 @@ def _arranged(best: torch.Tensor, scores: Scores, drop: bool, there: torch.Tenso
     else:
         return best
     if there is not None:
-        place = torch.where(there, place, place + scores.saliency.shape[1])
+        place = torch.where(there, place, place + _BEHIND)
     return best.gather(1, place.argsort(dim=1))
 
 
