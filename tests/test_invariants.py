@@ -33,7 +33,7 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 from hf_tokenprune import PruningConfig, PruningStage, prune
 from hf_tokenprune.modeling import modeling_tokenprune
-from hf_tokenprune.modeling.pruning_stage import keep_count, rate_ratio
+from hf_tokenprune.modeling.pruning_stage import MERGES, REDUCTIONS, RULES, SALIENCIES, keep_count, rate_ratio
 from hf_tokenprune.modeling.saliency import first_token_scores, received_scores
 from hf_tokenprune.modeling.token_state import PackedRows, PaddedRows
 
@@ -94,9 +94,40 @@ def adaptive(draw: st.DrawFn) -> PruningConfig:
     return PruningConfig.preset("adaptive", layers=layers, threshold=thresholds, saliency=draw(saliencies))
 
 
+hundredths = st.integers(0, 60).map(lambda value: value / 100 + 0.0033)
+VALUES = {
+    "keep_rate": percents,
+    "site_keep_rate": percents,
+    "keep_count": st.integers(1, 35),
+    "remove_count": st.integers(0, 12),
+    "relative_threshold": hundredths.map(lambda value: value * 2),
+    "threshold": hundredths.map(lambda value: value / 8),
+    "top_p": hundredths.map(lambda value: value + 0.39),
+}
+
+
 @st.composite
-def prunings(draw: st.DrawFn, text: bool) -> PruningConfig:
-    pruning = draw(st.one_of(top_k(), falling_rates(), adaptive()))
+def staged(draw: st.DrawFn) -> PruningConfig:
+    """Any saliency with any rule and any reduction that go together; every preset is one of these."""
+    saliency = draw(st.sampled_from([name for name in SALIENCIES if name != "learned"]))
+    layers = draw(layer_lists)
+    pairs = SALIENCIES[saliency].similarity
+    rule = "remove_count" if pairs else draw(st.sampled_from(sorted(VALUES)))
+    reduction = draw(st.sampled_from(MERGES if pairs else REDUCTIONS))
+    values = draw(st.lists(VALUES[rule], min_size=len(layers), max_size=len(layers)))
+    values = sorted(values, reverse=True) if RULES[rule].falling else values
+    cut = None
+    if rule == "keep_count" and reduction != "drop" and draw(st.booleans()):
+        cut = [value + draw(st.integers(0, 9)) for value in values]
+    place = draw(st.sampled_from(SALIENCIES[saliency].places))
+    stage = PruningStage(layers, saliency, rule, values, reduction, place, cut, seed=draw(st.integers(0, 3)))
+    return PruningConfig(stages=(stage,), proportional_attention=draw(st.booleans()))
+
+
+@st.composite
+def prunings(draw: st.DrawFn, text: bool, drop: bool = False) -> PruningConfig:
+    """drop: only those that fuse and merge nothing."""
+    pruning = draw(st.one_of(top_k(), falling_rates(), adaptive(), *(() if drop else (staged(), staged()))))
     ids = draw(st.sets(st.integers(1, VOCABULARY - 1), max_size=4)) if text else ()
     return replace(pruning, min_tokens=draw(st.integers(1, 6)), protected_token_ids=tuple(ids))
 
@@ -193,13 +224,13 @@ def is_base(case: Case) -> bool:
 
 @torch.no_grad()
 def run(native: PreTrainedModel, pruning: PruningConfig | None, inputs: Inputs) -> tuple[object, list]:
-    """The output of a plain call, and the places that a call with a trace kept: by site, by sample."""
+    """The output of a plain call, and what a call with a trace followed: by site, by sample, the row of each place."""
     model = prune(native, pruning)
     outputs, traced = model(**inputs), model(**inputs, output_token_trace=True)
     assert_close(main_output(traced), main_output(outputs), rtol=1e-5, atol=1e-5)
-    kept = kept_places(traced.token_trace)
-    assert traced.token_trace.counts.tolist() == [[len(places) for places in site] for site in kept]
-    return outputs, kept
+    source = traced.token_trace.source.tolist()
+    assert traced.token_trace.counts.tolist() == [[len({*rows} - {-1}) for rows in site] for site in source]
+    return outputs, source
 
 
 def at_tokens(value: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -211,9 +242,9 @@ def scale(value: torch.Tensor) -> float:
     return max(1.0, value.abs().max().item())
 
 
-def as_ranks(kept: list, batch: Batch) -> list:
-    """`kept` in the tokens' ranks within their own sample, which no padding changes."""
-    return [[[where.index(place) for place in places] for places, where in zip(site, batch.places)] for site in kept]
+def at_own_places(source: list, batch: Batch) -> list:
+    """The rows of each sample's own tokens, which no padding changes."""
+    return [[[rows[place] for place in where] for rows, where in zip(site, batch.places)] for site in source]
 
 
 def alone(batch: Batch, row: int) -> Batch:
@@ -248,8 +279,9 @@ def test_nothing_pruned_nothing_changed(case, attention):
             pruning = replace(pruning, execution=execution, protected_token_ids=ids)
         with torch.no_grad():
             expected = native(**batch.inputs)
-        outputs, kept = run(native, pruning, batch.inputs)
-        assert all(site == batch.places for site in kept)
+        outputs, source = run(native, pruning, batch.inputs)
+        own = [list(range(len(where))) for where in batch.places]
+        assert all(site == own for site in at_own_places(source, batch))
         for name in ("logits", "last_hidden_state", "pooler_output"):
             if name in expected:
                 ours, theirs = at_tokens(outputs[name], batch), at_tokens(expected[name], batch)
@@ -305,11 +337,11 @@ def test_a_sample_does_not_see_its_batch(case):
     def check(pruning, execution, batch):
         pruning = replace(pruning, execution=execution)
         outputs, kept = run(native, pruning, batch.inputs)
-        kept = as_ranks(kept, batch)
+        kept = at_own_places(kept, batch)
         for row, where in enumerate(batch.places):
             single = alone(batch, row)
             expected, expected_kept = run(native, pruning, single.inputs)
-            assert [site[row] for site in kept] == [site[0] for site in as_ranks(expected_kept, single)]
+            assert [site[row] for site in kept] == [site[0] for site in at_own_places(expected_kept, single)]
             ours, theirs = main_output(outputs)[row], at_tokens(main_output(expected), single)
             ours = ours[where] if ours.dim() == 2 else ours[None]
             assert_close(ours, theirs, rtol=0, atol=1e-5 * scale(theirs))
@@ -335,7 +367,7 @@ def test_padding_changes_nothing(native_class):
         layouts.append(lay_out(samples, "right", 0, seed))
         runs = [run(native, pruning, layout.inputs) for layout in layouts]
         values = [at_tokens(main_output(outputs), layout) for (outputs, _), layout in zip(runs, layouts)]
-        ranks = [as_ranks(kept, layout) for (_, kept), layout in zip(runs, layouts)]
+        ranks = [at_own_places(kept, layout) for (_, kept), layout in zip(runs, layouts)]
         for value, rank in zip(values, ranks):
             assert rank == ranks[-1]
             assert_close(value, values[-1], rtol=0, atol=1e-5 * scale(values[-1]))
@@ -348,7 +380,7 @@ def test_special_tokens_stay_and_dropped_ones_stay_dropped(case):
     native = native_of(case)
 
     @examples(25)
-    @given(prunings(case.text), st.sampled_from(EXECUTIONS), batches(case))
+    @given(prunings(case.text, drop=True), st.sampled_from(EXECUTIONS), batches(case))
     def check(pruning, execution, batch):
         model = prune(native, replace(pruning, execution=execution))
         with torch.no_grad():

@@ -2,8 +2,10 @@
 
 import re
 
+import methods
 import pytest
 import torch
+from methods import pruned
 from tiny import ALL, BASES, BERT, LAYERS, VIT, Case, build, image_inputs, inputs_for, text_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,16 +27,29 @@ A_LAYER = re.compile(r"\.layers?\.\d+$")
 CASE = pytest.mark.parametrize("case", ALL)
 
 
+def _flops_of_a_norm(shape: torch.Size, *_: object, **__: object) -> int:
+    return 2 * shape.numel()
+
+
+def _flops_of_added_rows(to: torch.Size, dim: int, index: torch.Size, rows: torch.Size, **_: object) -> int:
+    """Rows that are weighed and added to others."""
+    return 2 * rows.numel()
+
+
 def _flops_of_a_product(left: object, right: object, out_shape: torch.Size, **_: object) -> int:
     """The class token's row is multiplied token by token and summed by head; scalings are not counted."""
-    shapes = [shape for shape in (left, right) if isinstance(shape, torch.Size) and len(shape) > 1]
+    shapes = [shape for shape in (left, right) if isinstance(shape, torch.Size) and len(shape) > 2]
     tokens = len(shapes) == 2 and all(shape[-1:] == out_shape[-1:] for shape in shapes)
     return 2 * out_shape.numel() if tokens else 0
 
 
 def _counted_macs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[int]:
     """What torch counts inside each encoder layer; embeddings, poolers and classifiers lie outside."""
-    products = {torch.ops.aten.mul: _flops_of_a_product}
+    products = {
+        torch.ops.aten.mul: _flops_of_a_product,
+        torch.ops.aten.linalg_vector_norm: _flops_of_a_norm,
+        torch.ops.aten.index_add: _flops_of_added_rows,
+    }
     with FlopCounterMode(display=False, custom_mapping=products) as counter, torch.no_grad():
         model(**inputs)
     layers = {name: flops for name, flops in counter.get_flop_counts().items() if A_LAYER.search(name)}
@@ -60,6 +75,7 @@ METHODS = {
     "adaptive": PruningConfig.preset("adaptive", layers=[1, 2], threshold=0.7),
     "received": PruningConfig.preset("adaptive", layers=[1, 3], threshold=0.9, saliency="received_attention"),
     "sites_that_drop_nothing": PruningConfig.preset("top_k", layers=[0, 1, 2, 3], keep_rate=1.0),
+    **{name: pruning for name, pruning in methods.METHODS.items() if name not in ("top_k", "adaptive")},
 }
 
 
@@ -67,7 +83,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_total_is_what_torch_counts(case, method):
     """Sample by sample: a score over a full map of a ragged batch may be padded, and MACs are of unpadded tokens."""
-    model = prune(build(case, attention="eager"), METHODS[method])
+    model = pruned(build(case, attention="eager"), METHODS[method])
     inputs = inputs_for(case)
     for row, length in enumerate(_lengths(inputs)):
         one = {

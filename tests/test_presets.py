@@ -71,7 +71,8 @@ def test_nothing_pruned_nothing_changed(case, method, execution):
     _close(_real(value, inputs), _real(expected, inputs))
     real = inputs.get("attention_mask", torch.ones(trace.source.shape[1:])).bool()
     # Each token has a row of its own; in which order they lie is the method's business.
-    rows = trace.source.masked_fill(~real, 10**6).sort(dim=-1).values.masked_fill(~real.sort(descending=True).values, -1)
+    rows = trace.source.masked_fill(~real, 10**6).sort(dim=-1).values
+    rows = rows.masked_fill(~real.sort(descending=True).values, -1)
     assert torch.equal(rows, torch.where(rows >= 0, torch.arange(rows.shape[-1]), -1))
 
 

@@ -466,9 +466,8 @@ class TokenPruneModel(Prunable):
         entered, attending, left = states
         first = plan.site is not None and SALIENCIES[plan.site.saliency].class_token
         queries = entered.counts if plan.asks_all(entered) else attending.counts + first
-        call.layer_work.append(
-            LayerWork(before.counts, entered.counts, queries, attending.counts, left.counts, plan.site)
-        )
+        counts = before.counts, entered.counts, queries, attending.counts, left.counts
+        call.layer_work.append(LayerWork(*counts, plan.site, before.input.prefix))
 
 
 def _token_mask(mask: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:

@@ -55,8 +55,9 @@ class AttentionKernel(NamedTuple):
         """The mask that hides dead keys, in the form that this kernel takes; with a bias [b, m], added to the logits of
         each key, in the form that all take that take one at all."""
         if bias is not None:
+            bias = bias.to(query.dtype)
             bias = bias if alive is None else bias.masked_fill(~alive, torch.finfo(query.dtype).min)
-            return bias[:, None, None, :].to(query.dtype)
+            return bias[:, None, None, :]
         if alive is None:
             return None
         return create_bidirectional_mask(

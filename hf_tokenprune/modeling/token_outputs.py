@@ -81,6 +81,7 @@ class LayerWork:
 
     arrived: tokens at the layer's input. keys: keys and values. queries: queries, those for the scores included.
     contexts: attention rows and output projections. feed_forward: feed-forwards. site: what was reduced there, and how.
+    prefix: structural tokens.
     """
 
     arrived: torch.Tensor
@@ -89,6 +90,7 @@ class LayerWork:
     contexts: torch.Tensor
     feed_forward: torch.Tensor
     site: Site | None
+    prefix: int
 
 
 @dataclass

@@ -83,7 +83,7 @@ def count_call(call: EncoderCall, config: Any) -> MacCount:
 def _unpruned_work(call: EncoderCall, *, lossless: bool) -> list[LayerWork]:
     """The layers' work on the same tokens with nothing pruned: by our engine (lossless) or by the stock encoder."""
     tokens = call.layer_work[0].arrived
-    whole = LayerWork(tokens, keys=tokens, queries=tokens, contexts=tokens, feed_forward=tokens, site=None)
+    whole = LayerWork(tokens, keys=tokens, queries=tokens, contexts=tokens, feed_forward=tokens, site=None, prefix=0)
     last = whole
     if lossless and not call.whole_sequence:
         one = torch.ones_like(tokens)
@@ -108,30 +108,36 @@ def _layer_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
 def _site_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
     """What the pruning itself costs: its score, its matching, and the rows that it makes."""
     site, hidden = work.site, config.hidden_size
-    scored = work.keys if site.place == "between" else work.arrived
+    arrived = work.keys if site.place == "between" else work.arrived
+    scored = (arrived - work.prefix).clamp(min=0) if site.saliency == "learned" else arrived
     macs = _SCORES[site.saliency](scored, config)
     if site.reduction == "drop":
         return macs
     kept = work.feed_forward if site.place == "between" else work.keys
-    going = scored if site.cut is None else scored.clamp(max=site.cut)
+    going = arrived if site.cut is None else arrived.minimum(kept.clamp(min=site.cut))
     rest = going - kept
     if site.reduction in MERGES and site.saliency != "key_similarity":
-        macs = macs + rest * kept * hidden  # the map of similarities
+        macs = macs + torch.where(rest > 0, (going + rest * kept) * hidden, 0)  # norms, and the map of similarities
     return macs + rest * hidden
 
 
 # By tokens that are scored and the model's config.
 _SCORES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "cls_attention": lambda n, config: n * config.attention_width,  # one row of logits
-    "cls_value_norm": lambda n, config: 2 * n * config.attention_width,  # and the norms
+    "cls_value_norm": lambda n, config: n * (2 * config.attention_width + config.num_attention_heads),  # and the norms
     "received_attention": lambda n, config: n * n * config.attention_width,  # the map
     "received_from_others": lambda n, config: n * n * config.attention_width,
     "key_norm": lambda n, config: n * config.attention_width,
     "residual_shift": lambda n, config: n * config.hidden_size,
     "learned": lambda n, config: n * _predictor_macs(config.hidden_size),
     "random": lambda n, config: 0 * n,
-    "key_similarity": lambda n, config: ((n + 1) // 2) ** 2 * (config.attention_width // config.num_attention_heads),
+    "key_similarity": lambda n, config: _matching_macs(n, config.attention_width // config.num_attention_heads),
 }
+
+
+def _matching_macs(tokens: torch.Tensor, width: int) -> torch.Tensor:
+    """Norms of all mean keys, and the products of one half with the other."""
+    return (tokens + ((tokens + 1) // 2) ** 2) * width
 
 
 def _predictor_macs(width: int) -> int:
