@@ -3,17 +3,14 @@
 import pytest
 import torch
 import transformers
+from methods import METHODS, pruned
 from packaging import version
-from tiny import BERT, HEADS, Case, build, image_inputs, main_output, text_inputs
-from transformers import BertForSequenceClassification
-
-from hf_tokenprune import PruningConfig, prune
+from tiny import BERT, HEADS, VIT, Case, build, image_inputs, main_output, text_inputs
+from transformers import BertForSequenceClassification, ViTForImageClassification
 
 
-METHODS = {
-    "top_k": PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.6),
-    "adaptive": PruningConfig.preset("adaptive", layers=[1, 2], threshold=0.8),
-}
+BASIC = ("top_k", "adaptive")
+OTHERS = ("evit", "tome", "diffrate", "dynamicvit", "power_bert", "ltp", "adaptive_fuse", "value_merge", "top_p")
 LENGTHS = ([17, 5, 30], [20], [9, 13, 7, 30, 2], [40, 3], [12, 12])
 
 
@@ -24,10 +21,16 @@ def _shapes(case: Case) -> list[dict[str, torch.Tensor]]:
     return [image_inputs(batch, seed=batch) for batch in (4, 2, 1, 5)]
 
 
-@pytest.mark.parametrize("case", HEADS)
-@pytest.mark.parametrize("method", METHODS)
+def _pairs(elsewhere: tuple[str, ...]) -> list:
+    """The basic methods with every head, and others with a text or an image classifier."""
+    pairs = [(param.values[0], method) for param in HEADS if not param.marks[0].args[0] for method in BASIC]
+    text, image = Case(BertForSequenceClassification, BERT), Case(ViTForImageClassification, VIT)
+    return pairs + [(image if method in ("evit", "tome", "diffrate") else text, method) for method in elsewhere]
+
+
+@pytest.mark.parametrize("case, method", _pairs(elsewhere=OTHERS), ids=str)
 def test_compiles_to_one_graph_for_all_shapes(case, method):
-    model = prune(build(case), METHODS[method])
+    model = pruned(build(case), METHODS[method])
     graphs = []
 
     def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -46,7 +49,7 @@ def test_compiles_to_one_graph_for_all_shapes(case, method):
 
 def test_compiles_with_the_default_backend():
     """The stock encoder's own path through inductor, with a site in it."""
-    model = prune(build(Case(BertForSequenceClassification, BERT)), METHODS["top_k"])
+    model = pruned(build(Case(BertForSequenceClassification, BERT)), METHODS["top_k"])
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=True, fullgraph=True)
     with torch.no_grad():
@@ -58,14 +61,13 @@ def test_compiles_with_the_default_backend():
 @pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.20"), reason="the exporters' interface changed"
 )
-@pytest.mark.parametrize("case", HEADS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case, method", _pairs(elsewhere=("evit", "tome", "dynamicvit")), ids=str)
 def test_onnx_runtime_agrees_at_other_shapes(case, method, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    model = prune(build(case), METHODS[method])
+    model = pruned(build(case), METHODS[method])
     sample = text_inputs([17, 30], padding=2) if case.text else image_inputs(4)
     OnnxExporter().export(model, sample, config=OnnxConfig(dynamic=True)).save_pretrained(tmp_path)
     session = onnxruntime.InferenceSession(next(tmp_path.glob("*.onnx")), providers=["CPUExecutionProvider"])

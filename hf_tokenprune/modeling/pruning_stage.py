@@ -164,7 +164,11 @@ RULES = MappingProxyType(
 
 @dataclass(frozen=True)
 class Site:
-    """A stage at one layer, with the values that hold there; `ratio` is a rate as integers."""
+    """A stage at one layer, with the values that hold there.
+
+    ratio: a rate as integers. removed: what a count of removed tokens comes to, here and earlier in the stage, and the
+    most at once.
+    """
 
     layer: int
     saliency: str
@@ -173,6 +177,7 @@ class Site:
     reduction: str
     place: str
     ratio: tuple[int, int] | None
+    removed: tuple[int, int] | None
     cut: int | None
     seed: int
 
@@ -274,10 +279,11 @@ class PruningStage:
                 self.reduction,
                 self.place,
                 rate_ratio(value) if self.rule in ("keep_rate", "site_keep_rate") else None,
-                cut,
+                (sum(self.values[: index + 1]), max(self.values)) if self.rule == "remove_count" else None,
+                None if self.cut is None else self.cut[index],
                 self.seed,
             )
-            for layer, value, cut in zip(self.layers, self.values, self.cut or [None] * len(self.layers))
+            for index, (layer, value) in enumerate(zip(self.layers, self.values))
         ]
 
     def check_class_token(self) -> None:

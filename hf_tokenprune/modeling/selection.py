@@ -146,10 +146,23 @@ def _budgets(state: TokenState, site: Site, min_tokens: int) -> Kept:
     if layout.lengths is not None:
         samples = zip(initial, held or (None,) * len(initial), layout.lengths)
         return _of_host(tuple(_known_budget(*sample, *rule) for sample in samples), layout.full)
+    if site.removed is not None:
+        rows = layout.rows if held is not None else _enough_rows(length, prefix, site, min_tokens)
+        return Kept(rows, _budget(initial, held, state.counts, *rule))
     rows = _budget(length, None, layout.rows, *rule)
     if layout.full and held is None:
         return Kept(rows)
     return Kept(rows, _budget(initial, held, state.counts, *rule).clamp(max=rows))
+
+
+def _enough_rows(length: Any, prefix: int, site: Site, min_tokens: int) -> Any:
+    """Rows for what is left of `length` tokens or fewer once so many were removed at each site, if there were so many.
+
+    No more than needed where there were; and not a minimum of a minimum of ..., which symbolic sizes do not bear.
+    """
+    removed, most = site.removed
+    few = max(2 * most + prefix + 1, min_tokens)
+    return _most(length - removed, _least(length, few))
 
 
 def _of_host(each: Ints, full: bool) -> Kept:
