@@ -2,6 +2,7 @@
 
 import json
 
+import methods
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -68,6 +69,53 @@ REFUSED = {
     "common in from_dict": (lambda: PruningConfig.from_dict({"format_version": 1, "min_tokens": 1.5}), ["1.5", ">= 1"]),
     "not a dict": (lambda: PruningConfig.from_dict([1]), ["[1]", "dict"]),
     "coerce": (lambda: PruningConfig.coerce(3), ["3", "PruningConfig"]),
+    "fuse_token": (lambda: preset("evit", fuse_token="half"), ["'half'", "'normalized'"]),
+    "evit rates": (lambda: preset("evit", keep_rate=[0.5]), ["[0.5]", "one per layer"]),
+    "evit rate": (lambda: preset("evit", keep_rate=[0.5, 0]), ["(0)", "(0, 1]"]),
+    "r": (lambda: PruningConfig.preset("tome", r=-3), ["r (-3)", ">= 0"]),
+    "r float": (lambda: PruningConfig.preset("tome", r=2.5), ["2.5", "integer"]),
+    "inflect": (lambda: PruningConfig.preset("tome", r=(8, 3)), ["inflect (3", "[-1, 1]"]),
+    "r list": (lambda: PruningConfig.preset("tome", r=[3, 1, "4"]), ["'4'", "integer"]),
+    "r for too many layers": (lambda: PruningConfig.preset("tome", r=[3] * 5).resolve(4), ["layer (4)", "[0, 3]"]),
+    "proportional": (
+        lambda: PruningConfig.preset("tome", proportional_attention=1),
+        ["proportional_attention (1)", "True or False"],
+    ),
+    "base_rate": (lambda: preset("dynamicvit", base_rate=2), ["base_rate (2)", "(0, 1]"]),
+    "retention": (lambda: PruningConfig.preset("power_bert", retention=[9, 0]), ["retention (0)", ">= 1"]),
+    "retention rises": (lambda: PruningConfig.preset("power_bert", retention=[5, 9]), ["[5, 9]", "not rise"]),
+    "retention missing": (lambda: PruningConfig.preset("power_bert"), ["'retention'"]),
+    "both": (
+        lambda: PruningConfig.preset("length_adaptive", length_config=[5], keep_rate=0.5),
+        ["exactly one", "length_config", "keep_rate"],
+    ),
+    "neither": (lambda: PruningConfig.preset("ltp"), ["exactly one", "final_token_threshold", "thresholds"]),
+    "ltp threshold": (lambda: PruningConfig.preset("ltp", final_token_threshold=-1), ["-1", ">= 0"]),
+    "padded_scores": (lambda: PruningConfig.preset("ltp", thresholds=[0.1], padded_scores="yes"), ["'yes'", "True"]),
+    "diffrate lengths": (
+        lambda: PruningConfig.preset("diffrate", prune_kept=[9, 8], merge_kept=[7]),
+        ["[7]", "one per layer"],
+    ),
+    "diffrate merges more": (
+        lambda: PruningConfig.preset("diffrate", prune_kept=[9, 8], merge_kept=[9, 9]),
+        ["stay (9)", "cut (8)"],
+    ),
+    "p": (lambda: preset("top_p", p=1.5), ["p (1.5)", "(0, 1]"]),
+    "place of a score": (lambda: stage(place="before"), ["'before'", "'between'", "learned, random"]),
+    "pairs by another rule": (
+        lambda: stage(saliency="key_similarity", reduction="merge"),
+        ["'key_similarity'", "'keep_rate'", "remove_count"],
+    ),
+    "cut without merging": (
+        lambda: stage(rule="keep_count", values=[5, 4], cut=[9, 9]),
+        ["cut ([9, 9])", "'drop'"],
+    ),
+    "seed": (lambda: stage(saliency="random", seed=-1), ["seed (-1)", ">= 0"]),
+    "sites without a depth": (lambda: PruningConfig.preset("tome", r=4).sites, ["'tome'", "resolve(num_layers)"]),
+    "waiting for nothing": (
+        lambda: PruningConfig(preset_name="top_k", awaiting_depth={"layers": [1]}),
+        ["awaiting_depth", "'top_k'"],
+    ),
 }
 
 
@@ -101,6 +149,9 @@ def staged(draw: st.DrawFn) -> PruningConfig:
 
 configs = st.one_of(
     staged(),
+    st.sampled_from(list(methods.METHODS.values())),
+    st.builds(PruningConfig.preset, st.just("tome"), r=st.tuples(st.integers(0, 20), st.sampled_from([-1, 0, 0.3, 1]))),
+    st.builds(PruningConfig.preset, st.just("tome"), r=st.lists(st.integers(0, 20), min_size=1, max_size=12)),
     st.builds(PruningConfig.preset, st.just("top_k"), layers=layers, keep_rate=st.floats(0.01, 1.0), **common),
     st.builds(PruningConfig.preset, st.just("adaptive"), layers=layers, threshold=st.floats(0, 9), **common),
 )
@@ -111,6 +162,7 @@ configs = st.one_of(
 def test_equal_after_a_json_round_trip(config):
     again = PruningConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
+    config, again = config.resolve(31), again.resolve(31)
     assert again.sites == config.sites
     assert sorted(again.sites) == sorted(layer for stage in config.stages for layer in stage.layers)
 
@@ -118,6 +170,46 @@ def test_equal_after_a_json_round_trip(config):
 def test_a_preset_is_the_same_as_its_stages():
     assert preset(keep_rate=0.7).stages == (stage(values=[0.7, 0.49]),)
     assert [site.value for site in preset(keep_rate=0.7, layers=[1, 2, 5]).sites.values()] == [0.7, 0.49, 0.343]
+
+
+@pytest.mark.parametrize(
+    "r, expected",
+    [
+        (12, [12] * 6),
+        ((16, -0.5), [24, 20, 17, 14, 11, 8]),
+        ([16, -0.5], [24, 20, 17, 14, 11, 8]),  # as JSON has it
+        ((10, 1), [0, 4, 8, 12, 16, 20]),
+        ((10, 0), [10] * 6),
+        ((10, 0.9), [1, 4, 8, 11, 15, 19]),  # 10 x (1 - 0.9) is 1, and not 0 as in floats
+        ([10, 1], [10, 1, 0, 0, 0, 0]),
+        ([3, 2, 1], [3, 2, 1, 0, 0, 0]),
+    ],
+)
+def test_schedules_of_tome(r, expected):
+    config = PruningConfig.preset("tome", r=r)
+    again = PruningConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert [site.value for site in again.resolve(6).sites.values()] == expected
+    assert config.resolve(6) == again.resolve(6)
+    assert config.resolve(6).resolve(6) == config.resolve(6)
+
+
+def test_schedules_by_depth():
+    ltp = PruningConfig.preset("ltp", final_token_threshold=0.012).resolve(4)
+    assert [site.value for site in ltp.sites.values()] == pytest.approx([0, 0.003, 0.006, 0.009])
+    length = PruningConfig.preset("length_adaptive", keep_rate=0.9).resolve(3)
+    assert [site.value for site in length.sites.values()] == [0.9, 0.81, 0.729]
+
+
+def test_a_score_by_a_class_token_needs_one():
+    class WithoutClassToken(TokenPruneBertConfig):
+        class_token = False
+
+    with pytest.raises(ValueError, match=r"'cls_attention'.*class token.*received_attention, .*usual substitute"):
+        WithoutClassToken(num_hidden_layers=4, pruning=preset())
+    fine = WithoutClassToken(num_hidden_layers=4, pruning=preset(saliency="received_attention"))
+    with pytest.raises(ValueError, match="'cls_value_norm'"):
+        fine.pruning = {"preset": "value_merge"}
+    assert fine.pruning == preset(saliency="received_attention")
 
 
 @pytest.mark.parametrize("form", ["top_k", {"preset": "top_k"}, {"preset": "top_k", "keep_rate": 0.7}])
