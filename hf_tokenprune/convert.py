@@ -52,7 +52,6 @@ def load_dynamicvit_predictors(model: PreTrainedModel, state_dict: Mapping[str, 
     Raises:
         ValueError: no such sites, weights for other sites, missing or unknown names, or other shapes.
     """
-    layers = [module for module in model.modules() if isinstance(module, TokenPruneLayer)]
     pruning = getattr(model.config, "pruning", None)
     sites = [] if pruning is None else [i for i, site in sorted(pruning.sites.items()) if site.saliency == "learned"]
     if not sites:
@@ -63,6 +62,7 @@ def load_dynamicvit_predictors(model: PreTrainedModel, state_dict: Mapping[str, 
         given.setdefault(site, {})[rest] = value
     if sorted(given) != sorted(str(site) for site in range(len(sites))):
         raise ValueError(f"the predictors' sites ({sorted(given)}) must be 0 to {len(sites) - 1}, for layers {sites}")
+    layers = model.base_model.token_layers()
     for site, index in enumerate(sites):
         _load_exactly(layers[index].predictor, given[str(site)], f"predictor {site}, of layer {index}")
 

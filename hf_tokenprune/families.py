@@ -49,7 +49,9 @@ FAMILIES = MappingProxyType(
     {
         "BERT": _family("Bert", "ForSequenceClassification", "ForTokenClassification"),
         "ViT": _family("ViT", "ForImageClassification"),
+        "DeiT": _family("DeiT", "ForImageClassification", "ForImageClassificationWithTeacher"),
         "DINOv2": _family("Dinov2", "ForImageClassification"),
+        "DINOv2 with registers": _family("Dinov2WithRegisters", "ForImageClassification"),
     }
 )
 
@@ -88,7 +90,8 @@ def register_auto_classes() -> None:
         module = family.load()
         config = getattr(module, family.config)
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        for auto, reference in config.family_auto_map.items():
+        for auto, references in config.family_auto_map.items():
             if auto != "AutoConfig":
-                model = getattr(module, reference.rpartition(".")[2])
+                models = tuple(getattr(module, reference.rpartition(".")[2]) for reference in references)
+                model = models if len(models) > 1 else models[0]
                 getattr(transformers, auto).register(config, model, exist_ok=True)

@@ -196,23 +196,24 @@ def text_batches(draw: st.DrawFn, how: str = "any", min_size: int = 1) -> Batch:
 
 
 @st.composite
-def image_batches(draw: st.DrawFn, masked: bool, min_size: int = 1) -> Batch:
+def image_batches(draw: st.DrawFn, case: Case, masked: bool, min_size: int = 1) -> Batch:
     batch = draw(st.integers(min_size, 4))
-    inputs, places = image_inputs(batch, seed=draw(seeds)), [list(range(37))] * batch
+    inputs, places = image_inputs(batch, seed=draw(seeds)), [list(range(case.tokens))] * batch
     if not masked:
         return Batch(inputs, places)
     chance = random.Random(draw(seeds))
-    places = [[0, *sorted(chance.sample(range(1, 37), chance.randrange(37)))] for _ in range(batch)]
-    mask = torch.tensor([[int(place in where) for place in range(37)] for where in places])
+    special, patches = list(range(case.prefix)), range(case.prefix, case.tokens)
+    places = [[*special, *sorted(chance.sample(patches, chance.randrange(37)))] for _ in range(batch)]
+    mask = torch.tensor([[int(place in where) for place in range(case.tokens)] for where in places])
     return Batch(inputs | {"attention_mask": mask}, places)
 
 
 def batches(case: Case, how: str = "any", min_size: int = 1) -> st.SearchStrategy[Batch]:
     if case.text:
         return text_batches(how, min_size)
-    whole = image_batches(masked=False, min_size=min_size)
+    whole = image_batches(case, masked=False, min_size=min_size)
     # An image head that pools its patches has no meaning for patches that are not there.
-    return st.one_of(whole, image_batches(masked=True, min_size=min_size)) if is_base(case) else whole
+    return st.one_of(whole, image_batches(case, masked=True, min_size=min_size)) if is_base(case) else whole
 
 
 def is_base(case: Case) -> bool:
@@ -418,7 +419,7 @@ def test_budgets_are_exact(case):
         for site, counts in enumerate(trace.counts.tolist()):
             rate = Fraction(percent, 100) ** (site + 1)
             for count, where in zip(counts, batch.places):
-                assert count == min(len(where), max(min_tokens, 1 + int(rate * (len(where) - 1))))
+                assert count == min(len(where), max(min_tokens, case.prefix + int(rate * (len(where) - case.prefix))))
 
     check()
 
@@ -606,7 +607,7 @@ def test_a_dropped_token_costs_nothing_more(case, method, monkeypatch):
     model = prune(native_of(case), PruningConfig.preset(method, layers=sites, execution="packed", **arguments))
     inputs = inputs_for(case)
     batch = len(next(iter(inputs.values())))
-    start = int(inputs["attention_mask"].sum()) if case.text else batch * 37
+    start = int(inputs["attention_mask"].sum()) if case.text else batch * case.tokens
     seen = {}
     for part in ("query", "key", "value", "output", "feed_forward"):
         seen[part], outputs = _rows_seen(model, inputs, part, output_token_trace=True)
@@ -625,7 +626,7 @@ def test_few_tokens_ask_all_at_once(case):
     """One projection of so few tokens takes as long as that of the class token alone; what is kept is the same."""
     model = prune(native_of(case), PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.6, execution="packed"))
     inputs = text_inputs([20, 9]) if case.text else image_inputs(1)
-    tokens = 29 if case.text else 37
+    tokens = 29 if case.text else case.tokens
     seen, outputs = _rows_seen(model, inputs, "query", output_token_trace=True)
     after_first, after_second = outputs.token_trace.counts.sum(dim=1).tolist()
     assert after_second < after_first <= modeling_tokenprune.FEW_TOKENS
@@ -639,7 +640,7 @@ def test_the_last_layer_computes_only_what_the_head_reads(case):
     model = prune(native_of(case), None)
     inputs = inputs_for(case)
     batch = len(next(iter(inputs.values())))
-    start = int(inputs["attention_mask"].sum()) if case.text else batch * 37
+    start = int(inputs["attention_mask"].sum()) if case.text else batch * case.tokens
     for part in ("query", "output", "feed_forward"):
         assert _rows_seen(model, inputs, part)[0] == [start] * (LAYERS - 1) + [batch]
         assert _rows_seen(model, inputs, part, output_hidden_states=True)[0] == [start] * LAYERS

@@ -6,7 +6,7 @@ import methods
 import pytest
 import torch
 from methods import pruned
-from tiny import ALL, BASES, BERT, LAYERS, VIT, Case, build, image_inputs, inputs_for, text_inputs
+from tiny import ALL, BASES, BERT, LAYERS, TYPICAL, VIT, Case, build, image_inputs, inputs_for, text_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -64,8 +64,8 @@ def _stock(tokens: int, queries: int | None = None) -> int:
     return projections + 2 * queries * tokens * WIDTH + 2 * queries * WIDTH * INNER
 
 
-def _lengths(inputs: dict[str, torch.Tensor]) -> list[int]:
-    return inputs["attention_mask"].sum(dim=1).tolist() if "attention_mask" in inputs else [37, 37, 37]
+def _lengths(case: Case, inputs: dict[str, torch.Tensor]) -> list[int]:
+    return inputs["attention_mask"].sum(dim=1).tolist() if case.text else [case.tokens] * 3
 
 
 METHODS = {
@@ -79,13 +79,13 @@ METHODS = {
 }
 
 
-@CASE
+@pytest.mark.parametrize("case", TYPICAL)
 @pytest.mark.parametrize("method", METHODS)
 def test_total_is_what_torch_counts(case, method):
     """Sample by sample: a score over a full map of a ragged batch may be padded, and MACs are of unpadded tokens."""
     model = pruned(build(case, attention="eager"), METHODS[method])
     inputs = inputs_for(case)
-    for row, length in enumerate(_lengths(inputs)):
+    for row, length in enumerate(_lengths(case, inputs)):
         one = {
             name: value[row : row + 1, :length] if case.text else value[row : row + 1] for name, value in inputs.items()
         }
@@ -118,7 +118,7 @@ def test_what_else_is_asked_for_is_counted(case, method, wish):
 @CASE
 def test_unpruned_is_what_torch_counts_in_the_stock_model(case):
     native, inputs = build(case, attention="eager"), inputs_for(case)
-    length = _lengths(inputs)[0]
+    length = _lengths(case, inputs)[0]
     one = {name: value[:1, :length] if case.text else value[:1] for name, value in inputs.items()}
     counted = _counted_macs(native, one)
     macs = count_macs(native, one)
@@ -130,7 +130,7 @@ def test_unpruned_is_what_torch_counts_in_the_stock_model(case):
 @CASE
 def test_unpruned_is_the_closed_formula(case):
     native, inputs = build(case), inputs_for(case)
-    expected = [LAYERS * _stock(length) for length in _lengths(inputs)]
+    expected = [LAYERS * _stock(length) for length in _lengths(case, inputs)]
     for model in (native, prune(native, None), prune(native, METHODS["top_k"])):
         assert count_macs(model, inputs).unpruned == sum(expected)
     assert count_macs(native, inputs).per_sample == expected
@@ -148,14 +148,14 @@ def test_nothing_pruned_costs_what_the_stock_layers_cost(case):
 )
 def test_lossless_is_credited_with_the_last_layer(case):
     inputs = inputs_for(case)
-    expected = sum((LAYERS - 1) * _stock(length) + _stock(length, queries=1) for length in _lengths(inputs))
+    expected = sum((LAYERS - 1) * _stock(length) + _stock(length, queries=1) for length in _lengths(case, inputs))
     for pruning in (None, METHODS["top_k"]):
         macs = count_macs(prune(build(case), pruning), inputs)
         assert macs.lossless == expected < macs.unpruned
     assert count_macs(prune(build(case), None), inputs).total == expected
 
 
-@CASE
+@pytest.mark.parametrize("case", TYPICAL)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_shares_sum_to_the_total(case, method):
     model, inputs = prune(build(case), METHODS[method]), inputs_for(case)

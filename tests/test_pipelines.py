@@ -24,7 +24,10 @@ TASKS = {
     "BertForSequenceClassification": "text-classification",
     "BertForTokenClassification": "token-classification",
     "ViTForImageClassification": "image-classification",
+    "DeiTForImageClassification": "image-classification",
+    "DeiTForImageClassificationWithTeacher": "image-classification",
     "Dinov2ForImageClassification": "image-classification",
+    "Dinov2WithRegistersForImageClassification": "image-classification",
 }
 LABELS = {0: "dull", 1: "bright", 2: "neither"}
 TEXTS = [
@@ -153,6 +156,9 @@ def test_answers_are_those_of_the_model(name, folders):
     assert out.token_trace.counts[-1] < out.token_trace.counts[0] < next(iter(encoded.values())).numel()
 
 
+TOKENS = {str(param.values[0]): param.values[0].tokens for param in tiny.ALL}
+
+
 @pytest.mark.parametrize("name", [pytest.param(str(c.values[0]), marks=c.marks) for c in tiny.ALL])
 def test_features_are_full_length_sequences(name, folders, complaints):
     task = "feature-extraction" if name.startswith("Bert") else "image-feature-extraction"
@@ -164,7 +170,7 @@ def test_features_are_full_length_sequences(name, folders, complaints):
 
     assert type(pipe.model).__name__ == "TokenPrune" + name.partition("For")[0].removesuffix("Model") + "Model"
     assert not [line for line in complaints if "is not supported for" in line]
-    lengths = [len(pipe.tokenizer(one).input_ids) if name.startswith("Bert") else 37 for one in inputs]
+    lengths = [len(pipe.tokenizer(one).input_ids) if name.startswith("Bert") else TOKENS[name] for one in inputs]
     for one, many, length in zip(single, batched, lengths):
         assert one.shape == (1, length, 32)
         np.testing.assert_allclose(many[:, :length], one, atol=1e-5)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from methods import IDLE, METHODS, pruned
 from tiny import (
-    ALL,
     BASES,
     BERT,
     EXECUTIONS,
     HEADS,
+    TYPICAL,
     VIT,
     Case,
     build,
@@ -28,7 +28,7 @@ from hf_tokenprune.hub import run_in_fresh_process
 from hf_tokenprune.modeling.modeling_tokenprune import TokenPruneLayer
 
 
-CASE = pytest.mark.parametrize("case", ALL)
+CASE = pytest.mark.parametrize("case", TYPICAL)
 METHOD = pytest.mark.parametrize("method", METHODS)
 EXECUTION = pytest.mark.parametrize("execution", EXECUTIONS)
 Inputs = dict[str, torch.Tensor]

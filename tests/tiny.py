@@ -11,9 +11,16 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -45,7 +52,9 @@ _IMAGES = {
     "num_labels": 3,
 }
 VIT = ViTConfig(**_IMAGES, intermediate_size=64)
+DEIT = DeiTConfig(**_IMAGES, intermediate_size=64)
 DINOV2 = Dinov2Config(**_IMAGES, mlp_ratio=2, layerscale_value=0.7)
+REGISTERS = Dinov2WithRegistersConfig(**_IMAGES, mlp_ratio=2, layerscale_value=0.7, num_register_tokens=4)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,21 @@ class Case:
     @property
     def text(self) -> bool:
         return self.config is BERT
+
+    @property
+    def prefix(self) -> int:
+        """Structural tokens."""
+        return {id(DEIT): 2, id(REGISTERS): 5}.get(id(self.config), 1)
+
+    @property
+    def tokens(self) -> int:
+        """Of an image: structural ones and 36 patches."""
+        return self.prefix + 36
+
+    @property
+    def learns(self) -> bool:
+        """Whether the native class has a loss."""
+        return self.native is not DeiTForImageClassificationWithTeacher
 
     def __str__(self) -> str:
         return self.native.__name__
@@ -74,14 +98,24 @@ def _cases(*pairs: tuple[type[PreTrainedModel], object]) -> list:
     ]
 
 
-BASES = _cases((BertModel, BERT), (ViTModel, VIT), (Dinov2Model, DINOV2))
+BASES = _cases(
+    (BertModel, BERT), (ViTModel, VIT), (DeiTModel, DEIT), (Dinov2Model, DINOV2), (Dinov2WithRegistersModel, REGISTERS)
+)
 HEADS = _cases(
     (BertForSequenceClassification, BERT),
     (BertForTokenClassification, BERT),
     (ViTForImageClassification, VIT),
+    (DeiTForImageClassification, DEIT),
+    (DeiTForImageClassificationWithTeacher, DEIT),
     (Dinov2ForImageClassification, DINOV2),
+    (Dinov2WithRegistersForImageClassification, REGISTERS),
 )
+LEARNING_HEADS = [param for param in HEADS if param.values[0].learns]
 ALL = BASES + HEADS
+# Every anatomy, and heads that read no more than the first tokens: for tables with many methods.
+TYPICAL = BASES + [
+    param for param in HEADS if param.id in ("BertForSequenceClassification", "DeiTForImageClassificationWithTeacher")
+]
 
 
 def build(case: Case, *, seed: int = 0, attention: str = "sdpa", spread: float = 0.5) -> PreTrainedModel:

@@ -14,7 +14,7 @@ class TokenPruneConfigMixin:
         - `auto_map` always names every class of the family, whichever of them is saved.
     """
 
-    family_auto_map: dict[str, str] = {}
+    family_auto_map: dict[str, tuple[str, ...]] = {}
     must_be_false: tuple[str, ...] = ()
     class_token = True
 
@@ -44,6 +44,15 @@ class TokenPruneConfigMixin:
         return output
 
     @property
+    def complete_auto_map(self) -> dict[str, str]:
+        """Every Auto class of the family and what it loads: of several classes the one that is saved, or the first."""
+        saved = self.architectures or ()
+        return {
+            auto: next((name for name in names if name.rpartition(".")[2] in saved), names[0])
+            for auto, names in self.family_auto_map.items()
+        }
+
+    @property
     def attention_width(self) -> int:
         """Features of all heads together."""
         return self.hidden_size
@@ -56,7 +65,7 @@ class TokenPruneConfigMixin:
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["pruning"] = None if self.pruning is None else self.pruning.to_dict()
-        output["auto_map"] = dict(self.family_auto_map)
+        output["auto_map"] = self.complete_auto_map
         return output
 
     @classmethod

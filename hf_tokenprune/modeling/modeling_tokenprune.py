@@ -308,13 +308,17 @@ class TokenPruneModel(Prunable):
     output_class: type
     structural_tokens = 1
 
+    def token_layers(self) -> nn.ModuleList:
+        """The layers that tokens go through."""
+        return self.layers if "layers" in self._modules else self.encoder.layer
+
     def post_init(self) -> None:
         self.fit_token_predictors()
         super().post_init()
 
     def fit_token_predictors(self) -> None:
         """Gives a new token predictor to each layer whose site needs one and that has none yet."""
-        layers = [module for module in self.modules() if isinstance(module, TokenPruneLayer)]
+        layers = self.token_layers()
         for index, site in ({} if self.config.pruning is None else self.config.pruning.sites).items():
             if site.saliency != "learned" or layers[index].predictor is not None:
                 continue
@@ -400,7 +404,7 @@ class TokenPruneModel(Prunable):
             )
         return execution
 
-    def encode(self, layers: nn.ModuleList, embedded: list[torch.Tensor], state: TokenState, call: EncoderCall) -> Any:
+    def encode(self, embedded: list[torch.Tensor], state: TokenState, call: EncoderCall) -> Any:
         """Sends the tokens through the layers.
 
         Args:
@@ -411,7 +415,7 @@ class TokenPruneModel(Prunable):
         Returns:
             The model's output.
         """
-        bank, hidden = None, embedded.pop()
+        bank, hidden, layers = None, embedded.pop(), self.token_layers()
         hidden_states, attentions = [], []
         attention = self.config._attn_implementation
         call.start = state
@@ -521,13 +525,6 @@ class TokenPruneHead(Prunable):
         return self.output_class(**outputs, token_trace=call.token_trace())
 
 
-def require_pixels(pixel_values: torch.Tensor | None) -> torch.Tensor:
-    """Raises a ValueError where an image model is given no images."""
-    if pixel_values is None:
-        raise ValueError("You have to specify pixel_values")
-    return pixel_values
-
-
 class TransformersTooOld(ImportError):
     """A family needs a later release of transformers."""
 
@@ -538,28 +535,33 @@ def require_transformers(minimum: str, what: str) -> None:
         raise TransformersTooOld(f"{what} needs transformers >= {minimum}; this is {transformers.__version__}")
 
 
-def register_family(*, config: type, natives: dict[type, type], auto: dict[str, type]) -> None:
+def register_family(*, config: type, natives: dict[type, type], auto: dict[str, type | tuple[type, ...]]) -> None:
     """Registers a family's classes, so that each saves itself with the code and the family's whole `auto_map`.
 
     Args:
         config: the family's config class.
         natives: which native class each of our model classes stands for.
-        auto: the Auto class that loads each model class, by name.
+        auto: the Auto class that loads each model class, by name. Of several classes it gives, as natively, the one that
+            was saved, and otherwise the first.
 
     Raises:
         ValueError: the config class is registered already, or an Auto class names something that is not ours.
     """
     if config.family_auto_map:
         raise ValueError(f"{config.__name__} is registered already, for {sorted(config.family_auto_map)}")
-    unknown = [cls.__name__ for cls in auto.values() if cls not in natives.values()]
+    loaded = {name: classes if isinstance(classes, tuple) else (classes,) for name, classes in auto.items()}
+    unknown = [cls.__name__ for classes in loaded.values() for cls in classes if cls not in natives.values()]
     if unknown:
         raise ValueError(f"{unknown} must be among the family's models: {[cls.__name__ for cls in natives.values()]}")
     module = config.__module__.rpartition(".")[2]
-    config.family_auto_map = {"AutoConfig": f"{module}.{config.__name__}"}
-    config.family_auto_map |= {name: f"{module}.{cls.__name__}" for name, cls in auto.items()}
+    config.family_auto_map = {
+        name: tuple(f"{module}.{cls.__name__}" for cls in classes)
+        for name, classes in {"AutoConfig": (config,), **loaded}.items()
+    }
     config.register_for_auto_class()
-    for name, cls in auto.items():
-        cls.register_for_auto_class(name)
+    for name, classes in loaded.items():
+        for cls in classes:
+            cls.register_for_auto_class(name)
     for native, cls in natives.items():
         # Custom classes are otherwise skipped: a stock checkpoint with old key names would load at random.
         mapping = get_checkpoint_conversion_mapping(native.__name__)

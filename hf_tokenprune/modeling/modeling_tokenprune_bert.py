@@ -141,7 +141,7 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
         call = self.begin(encoder_call, output_token_trace, restore, kwargs)
         state = self.start_tokens(call, attention_mask, batch, length, given.device, token_ids=input_ids)
         embedded = [self._embed(state, input_ids, token_type_ids, position_ids, inputs_embeds, batch, length)]
-        return self.encode(self.encoder.layer, embedded, state, call)
+        return self.encode(embedded, state, call)
 
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
         return None if self.pooler is None else self.pooler(first)

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacherOutput
 from transformers.utils import ModelOutput
 
 from .pruning_stage import Site
@@ -72,6 +73,11 @@ class TokenPruneTokenClassifierOutput(TokenClassifierOutput):
 
 @dataclass
 class TokenPruneImageClassifierOutput(ImageClassifierOutput):
+    token_trace: TokenTrace | None = None
+
+
+@dataclass
+class TokenPruneTwoHeadedOutput(DeiTForImageClassificationWithTeacherOutput):
     token_trace: TokenTrace | None = None
 
 
