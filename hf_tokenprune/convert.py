@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import native_to_pruned, supported_natives
-from .modeling.modeling_tokenprune import TokenPruneLayer
 from .modeling.pruning_config import PruningConfig
+from .modeling.token_layer import TokenPruneLayer
 
 
 def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) -> PreTrainedModel:

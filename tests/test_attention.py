@@ -10,7 +10,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention, eager_atte
 
 from hf_tokenprune.modeling import token_attention
 from hf_tokenprune.modeling.token_attention import AttentionKernel, attend, attend_by_padding
-from hf_tokenprune.modeling.token_state import PackedRows
+from hf_tokenprune.modeling.token_layout import PackedRows
 
 
 HEADS, WIDTH = 4, 8

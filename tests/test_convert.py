@@ -22,7 +22,8 @@ from transformers import (
 
 from hf_tokenprune import PruningConfig, prune
 from hf_tokenprune.families import native_to_pruned, supported_natives
-from hf_tokenprune.modeling.modeling_tokenprune import TokenPruneHead, TokenPruneLayer
+from hf_tokenprune.modeling.modeling_tokenprune import TokenPruneHead
+from hf_tokenprune.modeling.token_layer import TokenPruneLayer
 
 
 TOP_K = PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.5)
@@ -313,7 +314,13 @@ def test_a_model_with_mask_token_takes_masked_positions():
         assert (expected - native(**inputs).last_hidden_state).abs().max() > 1e-3
 
 
-LINEARS = {"bert": ["query", "value"], "vit": ["q_proj", "v_proj"], "dinov2": ["q_proj", "fc1"]}
+LINEARS = {
+    "bert": ["query", "value"],
+    "vit": ["q_proj", "v_proj"],
+    "deit": ["q_proj", "v_proj"],
+    "dinov2": ["q_proj", "fc1"],
+    "dinov2_with_registers": ["q_proj", "fc1"],
+}
 
 
 def lora(case: tiny.Case, model: PreTrainedModel) -> nn.Module:
@@ -347,7 +354,7 @@ def test_adapters_inside_the_base_model_work_and_learn(case):
 
 
 @needs_peft
-@pytest.mark.parametrize("case", tiny.HEADS)
+@pytest.mark.parametrize("case", tiny.LEARNING_HEADS)
 def test_a_pruned_model_takes_adapters_and_trains(case):
     case = without_dropout(case)
     adapted = lora(case, prune(tiny.build(case), TOP_K)).train()

@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertForSequenceClassification, ViTForImageClassification
 
 from hf_tokenprune import PruningConfig, prune
-from hf_tokenprune.modeling import modeling_tokenprune
+from hf_tokenprune.modeling import token_layer
 from hf_tokenprune.profiling import Timing, peak_memory, speedup, speedup_bound, time_interleaved
 
 
@@ -61,10 +61,10 @@ def test_feed_forward_in_parts_changes_nothing(case, pruning, monkeypatch):
     model, inputs = prune(build(case), pruning), inputs_for(case)
     with torch.no_grad():
         whole = model(**inputs).logits
-        monkeypatch.setattr(modeling_tokenprune, "FEED_FORWARD_ROWS", 7)
+        monkeypatch.setattr(token_layer, "FEED_FORWARD_ROWS", 7)
         rows = []
         for layer in model.modules():
-            if isinstance(layer, modeling_tokenprune.TokenPruneLayer):
+            if isinstance(layer, token_layer.TokenPruneLayer):
                 block = layer.feed_forward_block
                 monkeypatch.setattr(
                     layer, "feed_forward_block", lambda part, block=block: rows.append(len(part)) or block(part)

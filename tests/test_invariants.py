@@ -32,10 +32,10 @@ from torch.testing import assert_close
 from transformers import BertForSequenceClassification, BertForTokenClassification, BertModel, PreTrainedModel
 
 from hf_tokenprune import PruningConfig, PruningStage, prune
-from hf_tokenprune.modeling import modeling_tokenprune
+from hf_tokenprune.modeling import token_layer
 from hf_tokenprune.modeling.pruning_stage import MERGES, REDUCTIONS, RULES, SALIENCIES, keep_count, rate_ratio
 from hf_tokenprune.modeling.saliency import first_token_scores, received_scores
-from hf_tokenprune.modeling.token_state import PackedRows, PaddedRows
+from hf_tokenprune.modeling.token_layout import PackedRows, PaddedRows
 
 
 Inputs = dict[str, torch.Tensor]
@@ -601,7 +601,7 @@ def test_stochastic_depth_trains_by_sample(case):
 @CASE
 @pytest.mark.parametrize("method", ["top_k", "adaptive"])
 def test_a_dropped_token_costs_nothing_more(case, method, monkeypatch):
-    monkeypatch.setattr(modeling_tokenprune, "FEW_TOKENS", 0)
+    monkeypatch.setattr(token_layer, "FEW_TOKENS", 0)
     arguments = {"keep_rate": 0.6} if method == "top_k" else {"threshold": 0.7}
     sites = [0, 2]
     model = prune(native_of(case), PruningConfig.preset(method, layers=sites, execution="packed", **arguments))
@@ -629,7 +629,7 @@ def test_few_tokens_ask_all_at_once(case):
     tokens = 29 if case.text else case.tokens
     seen, outputs = _rows_seen(model, inputs, "query", output_token_trace=True)
     after_first, after_second = outputs.token_trace.counts.sum(dim=1).tolist()
-    assert after_second < after_first <= modeling_tokenprune.FEW_TOKENS
+    assert after_second < after_first <= token_layer.FEW_TOKENS
     assert seen[1:3] == ([tokens, after_first] if case.text else [after_first + 1, after_first])
 
 

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from transformers import BertForSequenceClassification, BertModel, PreTrainedModel, ViTForImageClassification
 
 from hf_tokenprune.hub import run_in_fresh_process
-from hf_tokenprune.modeling.modeling_tokenprune import TokenPruneLayer
+from hf_tokenprune.modeling.token_layer import TokenPruneLayer
 
 
 CASE = pytest.mark.parametrize("case", TYPICAL)

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 from transformers import BertModel, ViTModel
 
 from hf_tokenprune import PruningConfig, PruningStage, prune
-from hf_tokenprune.modeling.modeling_tokenprune import TokenPruneLayer
 from hf_tokenprune.modeling.pruning_stage import FUSIONS, MERGES
 from hf_tokenprune.modeling.reduction import fuse, merge
 from hf_tokenprune.modeling.saliency import first_token_scores, received_scores
 from hf_tokenprune.modeling.selection import Scores, select
+from hf_tokenprune.modeling.token_layer import TokenPruneLayer
 from hf_tokenprune.modeling.token_state import blended, start_state
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from hf_tokenprune import PruningConfig, prune
-from hf_tokenprune.modeling.modeling_tokenprune import TokenPruneLayer
+from hf_tokenprune.modeling.token_layer import TokenPruneLayer
 
 
 PRUNINGS = {

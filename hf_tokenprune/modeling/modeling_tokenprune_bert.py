@@ -19,7 +19,8 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenprune import TokenPruneConfigMixin
-from .modeling_tokenprune import TokenPruneHead, TokenPruneLayer, TokenPruneModel, register_family
+from .modeling_tokenprune import TokenPruneHead, TokenPruneModel, register_family
+from .token_layer import TokenPruneLayer
 from .token_outputs import (
     EXTRA_FIELDS,
     EncoderCall,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers.utils.generic import can_return_tuple
 
-from .modeling_tokenprune import TokenPruneHead, TokenPruneLayer, TokenPruneModel
+from .modeling_tokenprune import TokenPruneHead, TokenPruneModel
+from .token_layer import TokenPruneLayer
 from .token_outputs import EncoderCall, TokenPruneImageClassifierOutput, TokenPruneModelOutput
 
 

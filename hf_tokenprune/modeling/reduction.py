@@ -7,7 +7,8 @@ import torch
 
 from .saliency import nearest
 from .selection import Scores
-from .token_state import Blend, Selection, TokenState
+from .token_layout import Blend, Selection
+from .token_state import TokenState
 
 
 def fuse(scores: Scores, state: TokenState, selection: Selection, normalized: bool) -> Blend:

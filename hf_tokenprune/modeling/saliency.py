@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .selection import GRID, Scores, best_rows
-from .token_state import Layout, PackedRows, TokenState, gather_rows
+from .token_layout import Layout, PackedRows, gather_rows
+from .token_state import TokenState
 
 
 def first_token_scores(

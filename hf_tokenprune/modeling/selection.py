@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .pruning_stage import FUSIONS, PruningStage, Site, keep_count
-from .token_state import Ints, Selection, TokenState, on_device, shapes_only
+from .token_layout import Ints, Selection, on_device, shapes_only
+from .token_state import TokenState
 
 
 # Steps of a millionth of the average token, or of a similarity: ten times the rounding error of a float32 softmax, a

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_state import Layout, MaskedRows, PackedRows, Run, named
+from .token_layout import Layout, MaskedRows, PackedRows, Run, named
 
 
 class AttentionKernel(NamedTuple):

@@ -1,0 +1,265 @@
+"""The layer that reduces tokens, once for all families: what one layer does in one call, and in which order.
+
+A family says where the pieces of its layer are: a handful of short methods that call the native modules.
+
+Shapes: B samples, N input length, K rows, T alive tokens of the batch, D features, A attention width. `..` stands for
+how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N` masked.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .pruning_config import PruningConfig
+from .pruning_stage import SALIENCIES, Site
+from .saliency import (
+    TokenPredictor,
+    first_token_scores,
+    key_norm_scores,
+    key_similarity,
+    learned_scores,
+    random_scores,
+    received_scores,
+    shift_scores,
+)
+from .selection import Scores
+from .token_attention import AttentionKernel, attend, maps_at_positions
+from .token_layout import PackedRows, named, shapes_only
+from .token_reducer import begin_reduction
+from .token_state import TokenState
+
+
+# Rows that a feed-forward takes at a time on a CPU: enough for full speed, few enough for its caches.
+FEED_FORWARD_ROWS = 1024
+# A projection of so few tokens takes as long as that of a single one: the weights are read.
+FEW_TOKENS = 32
+
+
+class LayerPlan(NamedTuple):
+    """What one layer does in one call.
+
+    site: where tokens are reduced, None: nowhere.
+    attention: the attention function's name.
+    first_token_only: only each sample's first token leaves the layer.
+    whole_map: every token has its attention row, even if it is dropped here.
+    """
+
+    site: Site | None
+    pruning: PruningConfig | None
+    attention: str
+    first_token_only: bool
+    whole_map: bool
+
+    def site_at(self, place: str) -> Site | None:
+        return self.site if self.site is not None and self.site.place == place else None
+
+    def asks_all(self, state: TokenState) -> bool:
+        """Whether every token's query is computed, and not the survivors' alone, the class token's before them."""
+        site = self.site_at("between")
+        if site is None or self.first_token_only:
+            return not self.first_token_only
+        few = isinstance(state.layout, PackedRows) and state.layout.tokens <= FEW_TOKENS
+        return self.whole_map or few or site.whole or SALIENCIES[site.saliency].queries
+
+    def bias(self, state: TokenState) -> torch.Tensor | None:
+        """What proportional attention adds to the logits of each key, [..] laid out as the state's rows."""
+        if state.size is None or not self.pruning.proportional_attention:
+            return None
+        return state.layout.lay(state.size.log())
+
+
+class LayerStates(NamedTuple):
+    """The tokens on their way through one layer: those that have keys, those that attend, those that leave it."""
+
+    entered: TokenState
+    attending: TokenState
+    left: TokenState
+
+
+class Projections(NamedTuple):
+    """What scores are made of, all laid out as the rows of the layer: its input, what the projections are made of, and
+    the projections [.., A]; `query` is None where only the survivors' are computed."""
+
+    hidden: torch.Tensor
+    source: torch.Tensor
+    query: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class TokenPruneLayer:
+    """A layer that reduces tokens before it, or between its attention and its feed-forward. Goes before the native
+    layer class.
+
+    The family gives the anatomy: accessors that call native modules, never their weights, so that adapters and
+    quantised layers work. The attention's accessors default to the layout that newer native families share.
+
+    Attributes:
+        eager_attention: the family's own eager attention function.
+
+    Modifications:
+        - `forward` follows a `LayerPlan` and returns the `LayerStates` with the hidden states.
+        - The class token's attention row is scored before the attention: tokens that are dropped here compute neither
+          query, attention row, output projection nor feed-forward.
+    """
+
+    eager_attention: Callable
+
+    @property
+    def predictor(self) -> TokenPredictor | None:
+        """The module `token_predictor`, where there is one."""
+        return self._modules.get("token_predictor")
+
+    @property
+    def attention_module(self) -> nn.Module:
+        """The native module that the attention function reads."""
+        return self.attention
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_module.head_dim
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.attention_module.attention_dropout
+
+    def query(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention_module.q_proj(x)
+
+    def key(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention_module.k_proj(x)
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention_module.v_proj(x)
+
+    def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What queries, keys and values are made of."""
+        raise NotImplementedError
+
+    def attention_output(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Output projection, residual and whatever belongs to them."""
+        raise NotImplementedError
+
+    def feed_forward_block(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The feed-forward half of the layer, residual and norms included."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
+    ) -> tuple[torch.Tensor, LayerStates, torch.Tensor | None]:
+        """hidden [.., D], laid out as `state.layout` -> the same after the layer, the states of its tokens, and the
+        attention map [B, H, N, N] if the kernel gives weights and positions are followed."""
+        site = plan.site_at("before")
+        if site is not None:
+            with named(f"layer {site.layer}"):
+                with _gradient_for(site):
+                    scores = self._scores_of_input(hidden, state, site)
+                reduction = begin_reduction(scores, state, site, plan.pruning)
+                hidden, state = reduction.finish(_moved(hidden, state, reduction.state))
+        hidden, attending, left, attention_map = self._attention_half(hidden, state, plan, config)
+        return self._feed_forward_half(hidden), LayerStates(state, attending, left), attention_map
+
+    def _attention_half(
+        self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
+    ) -> tuple[torch.Tensor, TokenState, TokenState, torch.Tensor | None]:
+        source = self.attention_input(hidden)
+        key, value = self.key(source), self.value(source)
+        query = self.query(source) if plan.asks_all(state) else None
+        reduction, site = None, plan.site_at("between")
+        kept = state
+        if plan.first_token_only:
+            kept = state.only_first()
+        elif site is not None and site.saliency != "residual_shift":
+            with named(f"layer {site.layer}"):
+                scores = self._scores(Projections(hidden, source, query, key, value), state, plan)
+                reduction = begin_reduction(scores, state, site, plan.pruning)
+                kept = reduction.state
+        asking = state if plan.whole_map else kept
+        entered = hidden
+        hidden = _moved(entered, state, asking)
+        source = hidden if source is entered else _moved(source, state, asking)
+        query = None if query is None else _moved(query, state, asking)
+        query = self.query(source) if query is None else query
+        context, maps = attend(
+            self._kernel(plan, config),
+            *map(self._split, (query, key, value)),
+            asking.layout,
+            state.layout,
+            plan.bias(state),
+        )
+        hidden = self.attention_output(context, hidden)
+        hidden = _moved(hidden, asking, kept)
+        if site is not None and not plan.first_token_only:
+            with named(f"layer {site.layer}"):
+                if reduction is None:
+                    with _gradient_for(site):
+                        scores = Scores(shift_scores(entered, hidden, state.layout))
+                    reduction = begin_reduction(scores, state, site, plan.pruning)
+                    hidden = _moved(hidden, state, reduction.state)
+                hidden, kept = reduction.finish(hidden)
+        if not maps or state.positions is None:
+            return hidden, asking, kept, None
+        positions = asking.positions, state.positions
+        full_map = maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
+        return hidden, asking, kept, full_map
+
+    def _kernel(self, plan: LayerPlan, config: Any) -> AttentionKernel:
+        module = self.attention_module
+        return AttentionKernel(
+            plan.attention, config, module, self.eager_attention, module.scaling, self.attention_dropout
+        )
+
+    def _scores_of_input(self, hidden: torch.Tensor, state: TokenState, site: Site) -> Scores:
+        """Scores that need no more than the layer's input."""
+        if site.saliency == "random":
+            return Scores(random_scores(state, site.layer, site.seed))
+        if self.predictor is None:
+            raise ValueError(f"layer ({site.layer}) has no token predictor; set_pruning(...) makes it one")
+        return learned_scores(self.predictor, hidden, state)
+
+    def _scores(self, given: Projections, state: TokenState, plan: LayerPlan) -> Scores:
+        """The saliency of every row; with a gradient where the new rows are made with it."""
+        site, layout, module = plan.site, state.layout, self.attention_module
+        heads, bias = module.num_attention_heads, plan.bias(state)
+        with _gradient_for(site):
+            match site.saliency:
+                case "cls_attention" | "cls_value_norm":
+                    asks = self.query(layout.first(given.source)) if given.query is None else layout.first(given.query)
+                    value = given.value if site.saliency == "cls_value_norm" else None
+                    scores = first_token_scores(asks, given.key, layout, module.scaling, heads, bias, value)
+                case "received_attention" | "received_from_others":
+                    diagonal = site.saliency == "received_attention"
+                    scores = received_scores(
+                        given.query, given.key, layout, module.scaling, heads, bias, diagonal=diagonal
+                    )
+                case "key_norm":
+                    scores = key_norm_scores(given.key, layout, heads)
+                case "key_similarity":
+                    return key_similarity(given.key, state, heads)
+                case _:
+                    return self._scores_of_input(given.hidden, state, site)
+        return Scores(scores)
+
+    def _feed_forward_half(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Part by part where no gradient is asked for, so that the widened states stay small and near."""
+        rows = hidden.shape[0] * hidden.shape[1]
+        if torch.is_grad_enabled() or shapes_only() or rows < 2 * FEED_FORWARD_ROWS or hidden.device.type != "cpu":
+            return self.feed_forward_block(hidden)
+        parts = hidden.flatten(0, 1).tensor_split(rows // FEED_FORWARD_ROWS)
+        return torch.cat([self.feed_forward_block(part) for part in parts]).view_as(hidden)
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim)  # [.., H, d]
+
+
+def _moved(x: torch.Tensor, before: TokenState, after: TokenState) -> torch.Tensor:
+    """x [.., D], laid out as `before`'s rows -> laid out as `after`'s, which came from those or are the same."""
+    return x if after.layout is before.layout else after.layout.take(x)
+
+
+def _gradient_for(site: Site) -> AbstractContextManager:
+    """Scores have a gradient where new tokens are made with them, and not only chosen by them."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and site.weighted)
