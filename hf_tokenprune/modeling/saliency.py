@@ -206,10 +206,9 @@ def key_similarity(key: torch.Tensor, state: TokenState, heads: int) -> Scores:
     half = (rows + 1) // 2
     source, target = (best_rows(which.float(), half) for which in (is_source, is_target))
     likeness = gather_rows(metric, source) @ gather_rows(metric, target).mT  # [B, half, half]
-    likeness = (likeness * GRID).round_().masked_fill_(~is_target.gather(1, target)[:, None], -torch.inf)
-    best, partner = likeness.max(dim=2)
+    best, partner = _best_of(likeness, is_target.gather(1, target))
     saliency = metric.new_full((batch, rows), torch.inf)
-    saliency = saliency.scatter(1, source, torch.where(is_source.gather(1, source), -best / GRID, torch.inf))
+    saliency = saliency.scatter(1, source, torch.where(is_source.gather(1, source), -best, torch.inf))
     match = source.new_zeros(batch, rows).scatter(1, source, target.gather(1, partner))
     row = torch.arange(rows, device=key.device)
     return Scores(saliency, match, row + rows * (is_source.long() + 2 * is_target.long()))
@@ -229,10 +228,16 @@ def nearest(
     with without_autocast(rows):
         rows = nn.functional.normalize(_wide(rows), dim=-1)
         likeness = gather_rows(rows, sources) @ gather_rows(rows, targets).mT  # [B, R, K']
-        likeness = (likeness * GRID).round_().masked_fill_(~candidates[:, None], -torch.inf)
-        best, place = likeness.max(dim=2)
-    found = best > -torch.inf
-    return torch.where(found, place, -1), torch.where(found, best / GRID, 0.0)
+        best, place = _best_of(likeness, candidates)
+    found = candidates.any(dim=1, keepdim=True)
+    return torch.where(found, place, -1), torch.where(found, best, 0.0)
+
+
+def _best_of(likeness: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most similar candidate [B, T] of each row of likeness [B, S, T], and how similar; on the grid, so that
+    rounding errors are ties, which go to the earlier one."""
+    place = (likeness * GRID).round_().masked_fill_(~candidates[:, None], -torch.inf).argmax(dim=2)
+    return likeness.gather(2, place[..., None])[..., 0], place
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

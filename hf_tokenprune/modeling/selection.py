@@ -44,7 +44,8 @@ class Scores(NamedTuple):
 
     def after(self, home: torch.Tensor) -> "Scores":
         """The scores of the rows of a cut, which no match goes with."""
-        return self._replace(saliency=self.saliency.gather(1, home))
+        ranking = None if self.ranking is None else self.ranking.argsort(dim=1).gather(1, home).argsort(dim=1)
+        return self._replace(saliency=self.saliency.gather(1, home), ranking=ranking)
 
 
 class Kept(NamedTuple):

@@ -47,7 +47,7 @@ def begin_reduction(scores: Scores, state: TokenState, site: Site, pruning: Prun
     if site.reduction == "drop":
         return Reduction(state.after(select(scores, state, site, pruning.min_tokens)), site, pruning, None)
     if pruning.tracks_sizes and state.size is None:
-        state = state._replace(size=torch.ones_like(scores.saliency, dtype=torch.float32))
+        state = state._replace(size=torch.ones_like(scores.saliency))
     if site.cut is not None:
         selection = cut(scores, state, site, pruning.min_tokens)
         state, scores = state.after(selection), scores.after(selection.home)
