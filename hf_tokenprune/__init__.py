@@ -6,6 +6,7 @@ from .convert import load_dynamicvit_predictors, prune
 from .families import class_names, register_auto_classes
 from .modeling.pruning_config import PruningConfig
 from .modeling.pruning_stage import PruningStage
+from .planning import Plan, plan
 from .profiling.macs import count_macs
 
 
@@ -16,10 +17,12 @@ register_auto_classes()
 _CLASS_NAMES = class_names()
 
 __all__ = [
+    "Plan",
     "PruningConfig",
     "PruningStage",
     "count_macs",
     "load_dynamicvit_predictors",
+    "plan",
     "prune",
     *class_names(available=True),
 ]

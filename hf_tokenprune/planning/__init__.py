@@ -1,0 +1,7 @@
+"""From a target to a pruning: what to take away so that a model costs, or takes, just so much."""
+
+from .latency_curve import LatencyCurve, measure_curve
+from .plan import Plan, plan
+
+
+__all__ = ["LatencyCurve", "Plan", "measure_curve", "plan"]

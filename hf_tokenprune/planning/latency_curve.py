@@ -1,0 +1,101 @@
+"""How long a model takes at different keep rates, here: measured once for a device, a model's shape and a batch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..convert import prune
+from ..families import native_to_pruned
+from ..files import write_atomically
+from ..modeling.pruning_config import PruningConfig
+from ..packaged import cache_dir
+from ..profiling.latency import speedup, time_interleaved
+from ..profiling.machine import describe_machine
+
+
+RATES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.15)
+
+
+@dataclass(frozen=True)
+class LatencyCurve:
+    """Measured in one interleaved run.
+
+    Args:
+        rates: keep rates, falling from 1.0, at which nothing is pruned.
+        speedups: of our engine with nothing pruned over each, medians of ratios of the same round.
+        seconds: medians for the whole batch.
+        unpadded_over_padded: what the engine saves with nothing pruned; None where the stock model was not given.
+    """
+
+    rates: tuple[float, ...]
+    speedups: tuple[float, ...]
+    seconds: tuple[float, ...]
+    unpadded_over_padded: float | None
+
+    def rate_for(self, wanted: float) -> float | None:
+        """The keep rate at which the speed-up is `wanted`, by linear interpolation; None: nowhere on the curve."""
+        pairs = list(zip(self.rates, self.speedups))
+        for (rate, fast), (later, faster) in pairwise(pairs):
+            if fast <= wanted <= faster:
+                share = (wanted - fast) / (faster - fast) if faster > fast else 0.0
+                return rate + share * (later - rate)
+        return None
+
+
+def measure_curve(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    layers: Sequence[int],
+    *,
+    rounds: int = 9,
+    progress: Callable = iter,
+    use_cache: bool = True,
+) -> LatencyCurve:
+    """Times the stock model, our engine with nothing pruned, and `top_k` at `layers` with each of `RATES`, in turn.
+
+    Args:
+        model: a native model; one of ours is timed without the stock model beside it.
+        inputs: a batch as the model will meet it; its lengths are part of the cache's key.
+        use_cache: whether an earlier measurement of the same device, shapes and versions is taken.
+    """
+    path = cache_dir() / "latency" / f"{_key(model, inputs, layers)}.json"
+    if use_cache and path.exists():
+        stored = json.loads(path.read_text())
+        return LatencyCurve(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+    models = {1.0: prune(model, None)}
+    for rate in RATES:
+        models[rate] = prune(model, PruningConfig.preset("top_k", layers=layers, keep_rate=rate))
+    native = type(model) in native_to_pruned()
+    calls = {rate: _call(one, inputs) for rate, one in models.items()}
+    if native:
+        calls["stock"] = _call(model, inputs)
+    with torch.inference_mode():
+        timings = time_interleaved(calls, rounds=rounds, warmup=2, progress=progress)
+    curve = LatencyCurve(
+        tuple(models),
+        tuple(speedup(timings[1.0], timings[rate]) for rate in models),
+        tuple(timings[rate].median for rate in models),
+        speedup(timings["stock"], timings[1.0]) if native else None,
+    )
+    write_atomically(path, json.dumps(asdict(curve), indent=1).encode())
+    return curve
+
+
+def _call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[[], object]:
+    return lambda: model(**inputs)
+
+
+def _key(model: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequence[int]) -> str:
+    config = {k: v for k, v in model.config.to_dict().items() if isinstance(v, int | float | str) and k[0] != "_"}
+    mask = inputs.get("attention_mask")
+    lengths = sorted(mask.sum(dim=1).tolist()) if mask is not None else None
+    shapes = {name: list(value.shape) for name, value in inputs.items()}
+    dtype, machine = str(model.dtype), describe_machine(model.device)
+    key = [type(model).__name__, config, shapes, lengths, list(layers), dtype, machine, RATES]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,142 @@
+"""`plan`: the target that is asked for is the one that is met, or what stands in the way is said."""
+
+import pytest
+import torch
+from tiny import BASES, BERT, HEADS, Case, build, image_inputs, inputs_for, text_inputs
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_tokenprune import count_macs, plan, prune
+from hf_tokenprune.planning import LatencyCurve, latency_curve, measure_curve
+from hf_tokenprune.profiling import Timing
+
+
+TEXT = Case(BertForSequenceClassification, BERT)
+
+
+def _long(case: Case) -> dict[str, torch.Tensor]:
+    return text_inputs([60, 41, 55], seed=2) if case.text else image_inputs(3)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_mac_ratios_are_met(target):
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=12, num_attention_heads=4, intermediate_size=128
+    )
+    native = build(Case(BertForSequenceClassification, config))
+    inputs = text_inputs([180, 256, 230, 97], seed=1)
+    planned = plan(native, inputs, target_macs=target, protected_token_ids=[3])
+    assert planned.met and planned.pruning.protected_token_ids == (3,)
+    measured = count_macs(prune(native, planned.pruning), inputs).ratio
+    assert measured == planned.macs == pytest.approx(target, abs=0.01)
+    assert f"{measured:.3f}" in planned.verdict
+
+
+@pytest.mark.parametrize("case", BASES + HEADS)
+def test_every_family_is_planned_for(case):
+    native, inputs = build(case), _long(case)
+    planned = plan(native, inputs, target_macs=0.6)
+    assert planned.met
+    assert count_macs(prune(native, planned.pruning), inputs).ratio == planned.macs == pytest.approx(0.6, abs=0.03)
+
+
+def test_sites_move_forward_only_when_they_must():
+    native, inputs = build(TEXT), _long(TEXT)
+    usual = plan(native, inputs, target_macs=0.7).pruning
+    assert sorted(usual.sites) == [1, 2, 3]
+    early = plan(native, inputs, target_macs=0.25).pruning
+    assert sorted(early.sites)[0] == 0
+    assert sorted(plan(native, inputs, target_macs=0.7, layers=[2]).pruning.sites) == [2]
+
+
+def test_what_cannot_be_met_is_said_with_the_closest():
+    native, inputs = build(TEXT), _long(TEXT)
+    planned = plan(native, inputs, target_macs=0.01)
+    assert not planned.met
+    assert count_macs(prune(native, planned.pruning), inputs).ratio == planned.macs > 0.01
+    assert "0.010 of the MACs cannot be met" in planned.verdict and f"{planned.macs:.3f}" in planned.verdict
+    nothing = plan(native, inputs, target_macs=1.0)
+    assert nothing.met and nothing.pruning is None
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A device on which the time is a given function of the keep rate; counts its measurements."""
+    monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path))
+    measured = []
+
+    def set_to(seconds) -> list:
+        def time_interleaved(calls: dict, **_: object) -> dict[object, Timing]:
+            measured.append(list(calls))
+            return {name: Timing((2.5 if name == "stock" else seconds(name),) * 3) for name in calls}
+
+        monkeypatch.setattr(latency_curve, "time_interleaved", time_interleaved)
+        return measured
+
+    return set_to
+
+
+def test_a_speedup_by_the_measured_curve(clock):
+    measured = clock(lambda rate: 0.4 + 1.6 * rate)
+    native, inputs = build(TEXT), _long(TEXT)
+    planned = plan(native, inputs, target_speedup=1.5)
+    (site, *_) = planned.pruning.sites.values()
+    assert 2.0 / (0.4 + 1.6 * site.value) == pytest.approx(1.5, rel=0.03)
+    assert planned.met and planned.speedup == 1.5 and planned.seconds == pytest.approx(2 / 1.5)
+    assert planned.macs == count_macs(prune(native, planned.pruning), inputs).ratio
+    same = plan(native, inputs, target_latency=2 / 1.5)
+    assert same.pruning == planned.pruning
+    assert len(measured) == 1, "measured once, then cached"
+    plan(native, text_inputs([30]), target_speedup=1.5)
+    assert len(measured) == 2, "another batch is another curve"
+
+
+def test_a_speedup_out_of_reach(clock):
+    clock(lambda rate: 1.0 + rate)
+    planned = plan(build(TEXT), _long(TEXT), target_speedup=4.0)
+    assert not planned.met and planned.speedup == pytest.approx(2 / 1.15)
+    assert "4.00x cannot be met" in planned.verdict and "1.74x" in planned.verdict
+
+
+def test_pruning_that_would_lose_is_left_off(clock):
+    clock(lambda rate: 2.0 if rate == 1.0 else 2.2)
+    planned = plan(build(TEXT), text_inputs([5]), target_speedup=1.5)
+    assert planned.pruning is None and not planned.met
+    assert "Leave pruning off" in planned.verdict
+
+
+def test_one_of_ours_is_timed_without_the_stock_model(clock):
+    measured = clock(lambda rate: 1.0 + rate)
+    curve = measure_curve(prune(build(TEXT), "top_k"), _long(TEXT), [1, 2])
+    assert curve.unpadded_over_padded is None and "stock" not in measured[0]
+    assert measure_curve(build(TEXT), _long(TEXT), [1, 2]).unpadded_over_padded == 1.25
+
+
+def test_rates_are_interpolated():
+    curve = LatencyCurve((1.0, 0.5), (1.0, 2.0), (1.0, 0.5), None)
+    assert curve.rate_for(1.5) == 0.75 and curve.rate_for(2.0) == 0.5
+    assert curve.rate_for(2.1) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_curve_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path))
+    curve = measure_curve(build(TEXT), inputs_for(TEXT), [1, 2], rounds=2)
+    assert all(value > 0 for value in (*curve.speedups, *curve.seconds, curve.unpadded_over_padded))
+    assert measure_curve(build(TEXT), inputs_for(TEXT), [1, 2]) == curve
+
+
+@pytest.mark.parametrize(
+    "targets, words",
+    [
+        ({}, ["exactly one", "target_macs"]),
+        ({"target_macs": 0.5, "target_speedup": 2.0}, ["exactly one", "0.5", "2.0"]),
+        ({"target_macs": 1.5}, ["1.5", "(0, 1]"]),
+        ({"target_speedup": -1}, ["-1", "above 0"]),
+        ({"target_latency": "fast"}, ["'fast'", "above 0"]),
+        ({"target_macs": 0.5, "layers": [9]}, ["layer (9)", "[0, 3]"]),
+    ],
+)
+def test_targets_that_make_no_sense(targets, words):
+    with pytest.raises(ValueError) as error:
+        plan(build(TEXT), _long(TEXT), **targets)
+    assert all(word in str(error.value) for word in words), str(error.value)
