@@ -6,7 +6,7 @@ from .convert import load_dynamicvit_predictors, prune
 from .families import class_names, register_auto_classes
 from .modeling.pruning_config import PruningConfig
 from .modeling.pruning_stage import PruningStage
-from .planning import Plan, plan
+from .planning import Calibration, Plan, calibrate, plan
 from .profiling.macs import count_macs
 
 
@@ -17,9 +17,11 @@ register_auto_classes()
 _CLASS_NAMES = class_names()
 
 __all__ = [
+    "Calibration",
     "Plan",
     "PruningConfig",
     "PruningStage",
+    "calibrate",
     "count_macs",
     "load_dynamicvit_predictors",
     "plan",

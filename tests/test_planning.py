@@ -5,7 +5,7 @@ import torch
 from tiny import BASES, BERT, HEADS, Case, build, image_inputs, inputs_for, text_inputs
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_tokenprune import count_macs, plan, prune
+from hf_tokenprune import calibrate, count_macs, plan, prune
 from hf_tokenprune.planning import LatencyCurve, latency_curve, measure_curve
 from hf_tokenprune.profiling import Timing
 
@@ -123,6 +123,37 @@ def test_a_real_curve_is_measured(monkeypatch, tmp_path):
     curve = measure_curve(build(TEXT), inputs_for(TEXT), [1, 2], rounds=2)
     assert all(value > 0 for value in (*curve.speedups, *curve.seconds, curve.unpadded_over_padded))
     assert measure_curve(build(TEXT), inputs_for(TEXT), [1, 2]) == curve
+
+
+@pytest.mark.parametrize("saliency", ["cls_attention", "received_attention"])
+@pytest.mark.parametrize("target", [0.5, 0.7])
+def test_a_threshold_that_costs_so_much_on_average(target, saliency):
+    native = build(TEXT)
+    batches = [text_inputs([60, 41, 55, 20], seed=seed) | {"labels": torch.zeros(4).long()} for seed in range(5)]
+    found = calibrate(native, batches, target_macs=target, saliency=saliency, protected_token_ids=[3])
+    model = prune(native, found.pruning)
+    for batch in batches:
+        batch.pop("labels")
+    counts = [count_macs(model, batch) for batch in batches]
+    measured = sum(count.total for count in counts) / sum(count.unpruned for count in counts)
+    assert found.met and found.inputs == 20
+    assert measured == pytest.approx(found.macs, rel=1e-9) and found.macs == pytest.approx(target, abs=0.02)
+    assert found.least < found.macs < found.most, "each input has its own"
+    assert found == calibrate(native, batches, target_macs=target, saliency=saliency, protected_token_ids=[3])
+
+
+def test_a_calibration_out_of_reach():
+    found = calibrate(build(TEXT), [_long(TEXT)], target_macs=0.05)
+    assert not found.met and found.macs > 0.05
+    nothing = calibrate(build(TEXT), [_long(TEXT)], target_macs=1.0)
+    assert nothing.met and nothing.pruning.stages[0].values == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("target, batches, words", [(0.0, 1, "(0.0)"), (1.2, 1, "(1.2)"), (0.5, 0, "batches (0)")])
+def test_calibrations_that_make_no_sense(target, batches, words):
+    with pytest.raises(ValueError) as error:
+        calibrate(build(TEXT), [_long(TEXT)] * batches, target_macs=target)
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(

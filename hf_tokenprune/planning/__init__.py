@@ -1,7 +1,8 @@
 """From a target to a pruning: what to take away so that a model costs, or takes, just so much."""
 
+from .calibrate import Calibration, calibrate
 from .latency_curve import LatencyCurve, measure_curve
 from .plan import Plan, plan
 
 
-__all__ = ["LatencyCurve", "Plan", "measure_curve", "plan"]
+__all__ = ["Calibration", "LatencyCurve", "Plan", "calibrate", "measure_curve", "plan"]

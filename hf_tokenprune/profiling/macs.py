@@ -25,7 +25,7 @@ class MacCount:
         lossless: our engine with nothing pruned.
         unpruned: the stock encoder layers on the same unpadded tokens.
         per_layer: the layers' shares of `total`.
-        per_sample: the samples' shares of `total`.
+        per_sample: the samples' shares of `total`; unpruned_per_sample: of `unpruned`.
     """
 
     total: int
@@ -33,6 +33,7 @@ class MacCount:
     unpruned: int
     per_layer: list[int]
     per_sample: list[int]
+    unpruned_per_sample: list[int]
 
     @property
     def ratio(self) -> float:
@@ -71,12 +72,14 @@ def count_call(call: EncoderCall, config: Any) -> MacCount:
         config: the called model's config.
     """
     macs = _macs(call.layer_work, config)
+    stock = _macs(_unpruned_work(call, lossless=False), config)
     return MacCount(
         total=int(macs.sum()),
         lossless=int(_macs(_unpruned_work(call, lossless=True), config).sum()),
-        unpruned=int(_macs(_unpruned_work(call, lossless=False), config).sum()),
+        unpruned=int(stock.sum()),
         per_layer=macs.sum(dim=1).tolist(),
         per_sample=macs.sum(dim=0).tolist(),
+        unpruned_per_sample=stock.sum(dim=0).tolist(),
     )
 
 
