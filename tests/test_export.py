@@ -10,6 +10,12 @@ from transformers import BertForSequenceClassification, ViTForImageClassificatio
 
 
 BASIC = ("top_k", "adaptive")
+OF_EACH_KIND = (
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "ViTForImageClassification",
+    "Dinov2WithRegistersForImageClassification",
+)
 OTHERS = ("evit", "tome", "diffrate", "dynamicvit", "power_bert", "ltp", "adaptive_fuse", "value_merge", "top_p")
 LENGTHS = ([17, 5, 30], [20], [9, 13, 7, 30, 2], [40, 3], [12, 12])
 
@@ -22,8 +28,9 @@ def _shapes(case: Case) -> list[dict[str, torch.Tensor]]:
 
 
 def _pairs(elsewhere: tuple[str, ...]) -> list:
-    """The basic methods with every head, and others with a text or an image classifier."""
-    pairs = [(param.values[0], method) for param in HEADS if not param.marks[0].args[0] for method in BASIC]
+    """The basic methods with each kind of head, and others with a text or an image classifier."""
+    heads = [param.values[0] for param in HEADS if param.id in OF_EACH_KIND and not param.marks[0].args[0]]
+    pairs = [(case, method) for case in heads for method in BASIC]
     text, image = Case(BertForSequenceClassification, BERT), Case(ViTForImageClassification, VIT)
     return pairs + [(image if method in ("evit", "tome", "diffrate") else text, method) for method in elsewhere]
 

@@ -61,37 +61,36 @@ def _one(inputs: Inputs, row: int) -> tuple[Inputs, torch.Tensor]:
 
 @CASE
 @METHOD
-@EXECUTION
-def test_nothing_pruned_nothing_changed(case, method, execution):
+def test_nothing_pruned_nothing_changed(case, method):
     native, inputs = build(case), inputs_for(case)
-    model = pruned(native, replace(IDLE[method], execution=execution))
     with torch.no_grad():
         expected = main_output(native(**inputs))
-    value, trace = _run(model, inputs)
-    _close(_real(value, inputs), _real(expected, inputs))
-    real = inputs.get("attention_mask", torch.ones(trace.source.shape[1:])).bool()
-    # Each token has a row of its own; in which order they lie is the method's business.
-    rows = trace.source.masked_fill(~real, 10**6).sort(dim=-1).values
-    rows = rows.masked_fill(~real.sort(descending=True).values, -1)
-    assert torch.equal(rows, torch.where(rows >= 0, torch.arange(rows.shape[-1]), -1))
+    for execution in EXECUTIONS:
+        value, trace = _run(pruned(native, replace(IDLE[method], execution=execution)), inputs)
+        _close(_real(value, inputs), _real(expected, inputs))
+        real = inputs.get("attention_mask", torch.ones(trace.source.shape[1:])).bool()
+        # Each token has a row of its own; in which order they lie is the method's business.
+        rows = trace.source.masked_fill(~real, 10**6).sort(dim=-1).values
+        rows = rows.masked_fill(~real.sort(descending=True).values, -1)
+        assert torch.equal(rows, torch.where(rows >= 0, torch.arange(rows.shape[-1]), -1)), execution
 
 
 @CASE
 @METHOD
-@EXECUTION
-def test_one_meaning_and_no_sight_of_the_batch(case, method, execution):
+def test_one_meaning_and_no_sight_of_the_batch(case, method):
     """Alone and without padding in packed form, against the batch in each execution."""
     native, inputs = build(case), inputs_for(case)
-    value, trace = _run(pruned(native, replace(METHODS[method], execution=execution)), inputs)
-    assert trace.counts[-1].max() < trace.source.shape[-1], "the method takes something away"
+    batches = [_run(pruned(native, replace(METHODS[method], execution=execution)), inputs) for execution in EXECUTIONS]
     alone = pruned(native, replace(METHODS[method], execution="packed"))
-    for row in range(len(value)):
+    for row in range(len(batches[0][0])):
         one, places = _one(inputs, row)
         expected, expected_trace = _run(alone, one)
         places = places[: expected_trace.source.shape[-1]]
-        assert torch.equal(trace.source[:, row, places], expected_trace.source[:, 0])
-        assert_close(trace.sizes[:, row, : len(places)], expected_trace.sizes[:, 0])
-        _close(value[row, places] if value.dim() == 3 else value[row], expected[0])
+        for value, trace in batches:
+            assert trace.counts[-1].max() < trace.source.shape[-1], "the method takes something away"
+            assert torch.equal(trace.source[:, row, places], expected_trace.source[:, 0])
+            assert_close(trace.sizes[:, row, : len(places)], expected_trace.sizes[:, 0])
+            _close(value[row, places] if value.dim() == 3 else value[row], expected[0])
 
 
 @METHOD
