@@ -32,6 +32,7 @@ CASE = pytest.mark.parametrize("case", TYPICAL)
 METHOD = pytest.mark.parametrize("method", METHODS)
 EXECUTION = pytest.mark.parametrize("execution", EXECUTIONS)
 Inputs = dict[str, torch.Tensor]
+BY_INPUT = ("ltp", "adaptive", "adaptive_fuse", "top_p")
 
 
 def _real(value: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -106,6 +107,26 @@ def test_padding_changes_nothing(method, execution):
     _close(_real(padded_value, padded), _real(value, inputs))
     assert torch.equal(padded_trace.source[..., :21], trace.source)
     assert (padded_trace.source[..., 21:] == -1).all()
+
+
+@pytest.mark.parametrize("case", BASES)
+@METHOD
+def test_half_precision(case, method):
+    """As many tokens as in float32 where counts are fixed, and numbers: by weights in bfloat16, and under autocast."""
+    inputs = inputs_for(case)
+    for execution in EXECUTIONS:
+        pruning = replace(METHODS[method], execution=execution)
+        exact = pruned(build(case), pruning)
+        half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+        with torch.no_grad():
+            expected = exact(**inputs, output_token_trace=True)
+            by_weights = pruned(build(case).bfloat16(), pruning)(**half, output_token_trace=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                by_autocast = exact(**inputs, output_token_trace=True)
+        for outputs in (by_weights, by_autocast):
+            assert outputs.last_hidden_state.isfinite().all()
+            if method not in BY_INPUT:
+                assert torch.equal(outputs.token_trace.counts, expected.token_trace.counts)
 
 
 @CASE

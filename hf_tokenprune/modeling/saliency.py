@@ -191,27 +191,27 @@ def key_similarity(key: torch.Tensor, state: TokenState, heads: int) -> Scores:
     Args:
         key: [.., A] laid out as the state's rows; the metric is the mean over heads.
     """
-    layout, prefix = state.layout, state.input.prefix
-    with without_autocast(key):
-        metric = nn.functional.normalize(_wide(layout.spread(key)).unflatten(-1, (heads, -1)).mean(dim=2), dim=-1)
-    batch, rows = metric.shape[:2]
-    if layout.full and state.protected is None:
-        row = torch.arange(rows, device=key.device)[None]
-        free, turn = row >= prefix, row
-    else:
-        free = state.alive & ~state.held
-        turn = free.cumsum(dim=1) - 1 + prefix
-    is_source = (free & (turn % 2 == 0)).expand(batch, rows)
-    is_target = (free & (turn % 2 == 1)).expand(batch, rows)
+    is_source, is_target = _turns(state)
+    batch, rows = is_source.shape
     half = (rows + 1) // 2
     source, target = (best_rows(which.float(), half) for which in (is_source, is_target))
-    likeness = gather_rows(metric, source) @ gather_rows(metric, target).mT  # [B, half, half]
+    with without_autocast(key):
+        keys = _wide(state.layout.spread(key)).unflatten(-1, (heads, -1))
+        metric = nn.functional.normalize(keys.mean(dim=2), dim=-1)
+        likeness = gather_rows(metric, source) @ gather_rows(metric, target).mT  # [B, half, half]
     best, partner = _best_of(likeness, is_target.gather(1, target))
     saliency = metric.new_full((batch, rows), torch.inf)
     saliency = saliency.scatter(1, source, torch.where(is_source.gather(1, source), -best, torch.inf))
     match = source.new_zeros(batch, rows).scatter(1, source, target.gather(1, partner))
     row = torch.arange(rows, device=key.device)
     return Scores(saliency, match, row + rows * (is_source.long() + 2 * is_target.long()))
+
+
+def _turns(state: TokenState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows are sources and which are targets; protected and dead ones are neither.  bool [B, K]"""
+    free = state.alive & ~state.held
+    turn = free.cumsum(dim=1) - 1 + state.input.prefix
+    return free & (turn % 2 == 0), free & (turn % 2 == 1)
 
 
 def nearest(
