@@ -1,5 +1,7 @@
 """Half precision keeps the tokens that float32 keeps: a real model on real texts."""
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -17,8 +19,8 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module")
-def batch() -> dict[str, torch.Tensor]:
+@cache
+def _texts() -> dict[str, torch.Tensor]:
     texts = load_dataset("20newsgroups-religion")["test"][::15]["text"][:48]
     tokenizer = AutoTokenizer.from_pretrained(model_path("minilm-l6"))
     return dict(tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt"))
@@ -30,13 +32,22 @@ def _kept(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
         return model(**batch, output_token_trace=True).token_trace.source >= 0
 
 
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    return _texts()
+
+
+@cache
+def _kept_in_float32(method: str) -> torch.Tensor:
+    return _kept(prune(AutoModel.from_pretrained(model_path("minilm-l6")).float(), METHODS[method]), _texts())
+
+
 def _agreement(method: str, batch: dict[str, torch.Tensor], dtype: torch.dtype, autocast: bool) -> list[float]:
     """For each site, which part of the tokens fares as in float32."""
-    path = model_path("minilm-l6")
-    exact = prune(AutoModel.from_pretrained(path, dtype=torch.float32), METHODS[method])
-    expected = _kept(exact, batch)
+    weights = torch.float32 if autocast else dtype
+    model = prune(AutoModel.from_pretrained(model_path("minilm-l6"), dtype=weights), METHODS[method])
+    expected = _kept_in_float32(method)
     with torch.autocast("cpu", dtype, enabled=autocast):
-        model = exact if autocast else prune(AutoModel.from_pretrained(path, dtype=dtype), METHODS[method])
         same = _kept(model, batch) == expected
     tokens = batch["attention_mask"].bool()
     return [site[tokens].float().mean().item() for site in same]
