@@ -155,6 +155,29 @@ def test_a_rate_at_which_nothing_goes_fuses_nothing(execution):
 
 
 @EXECUTION
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_number_stays_in_its_sample(execution, method):
+    model = pruned(build(TEXT), replace(METHODS[method], execution=execution))
+    embeddings = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1))
+    embeddings[1] = torch.nan
+    mask = torch.arange(20) < torch.tensor([7, 20, 12])[:, None]
+    with torch.no_grad():
+        outputs = model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+    assert outputs[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["top_k", "evit", "power_bert", "diffrate", "value_merge", "tome"])
+def test_protected_tokens_stay_in_a_compiled_model(method):
+    model = pruned(build(TEXT), replace(METHODS[method], protected_token_ids=tuple(range(1, 30))))
+    inputs = text_inputs([20, 20, 11])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    with torch.no_grad():
+        ours, theirs = model(**inputs).pooler_output, compiled(**inputs).pooler_output
+    assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@EXECUTION
 def test_more_merges_than_tokens(execution):
     model = prune(build(Case(ViTModel, VIT)), PruningConfig.preset("tome", r=1000, execution=execution))
     with torch.no_grad():

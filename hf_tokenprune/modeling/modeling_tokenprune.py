@@ -78,7 +78,7 @@ class TokenPruneModel(Prunable):
         for index, site in ({} if self.config.pruning is None else self.config.pruning.sites).items():
             if site.saliency != "learned" or layers[index].predictor is not None:
                 continue
-            like = next(layers[index].parameters())
+            like = next(parameter for parameter in layers[index].parameters() if parameter.is_floating_point())
             with torch.device(like.device):
                 predictor = TokenPredictor(self.config.hidden_size)
             layers[index].token_predictor = predictor.to(like.dtype).train(layers[index].training)

@@ -151,7 +151,7 @@ def _budgets(state: TokenState, site: Site, min_tokens: int) -> Kept:
     if site.removed is not None:
         rows = layout.rows if held is not None else _enough_rows(length, prefix, site, min_tokens)
         return Kept(rows, _budget(initial, held, state.counts, *rule))
-    rows = _budget(length, None, layout.rows, *rule)
+    rows = layout.rows if held is not None else _budget(length, None, layout.rows, *rule)
     if layout.full and held is None:
         return Kept(rows)
     return Kept(rows, _budget(initial, held, state.counts, *rule).clamp(max=rows))

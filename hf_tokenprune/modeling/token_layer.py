@@ -200,7 +200,7 @@ class TokenPruneLayer:
                     reduction = begin_reduction(scores, state, site, plan.pruning)
                     hidden = _moved(hidden, state, reduction.state)
                 hidden, kept = reduction.finish(hidden)
-        if not maps or state.positions is None:
+        if not plan.whole_map or not maps or state.positions is None:
             return hidden, asking, kept, None
         positions = asking.positions, state.positions
         full_map = maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)

@@ -124,7 +124,10 @@ def blended(hidden: torch.Tensor, before: Layout, after: Layout, selection: Sele
     rows = after.take(hidden).to(wide) * after.lay(blend.own.to(wide))[..., None]
     if selection.rest is not None:
         share = blend.share.to(wide)[..., None]
-        parts = (before.gather(hidden, selection.rest).to(wide) * share).flatten(0, 1)
+        parts = before.gather(hidden, selection.rest).to(wide)
+        if selection.rest_alive is not None:  # what lies there is another sample's, and 0 x NaN is NaN
+            parts = parts.masked_fill(~selection.rest_alive[..., None], 0.0)
+        parts = (parts * share).flatten(0, 1)
         rows = rows.flatten(0, 1).index_add(0, after.places(blend.target.clamp(min=0)).flatten(), parts).view_as(rows)
     return rows.to(hidden.dtype)
 
