@@ -36,7 +36,7 @@ def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) ->
     with torch.device("meta"):
         twin = target(config)
     _share(twin, model)
-    twin.base_model.fit_token_predictors()
+    twin.base_model.fit_pruner()
     twin.name_or_path = model.name_or_path
     return twin
 

@@ -8,6 +8,7 @@ the call holds the tokens: `1, T` packed, `B, K` padded, `B, N` masked.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .pruning_config import PruningConfig
+from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES
 from .saliency import TokenPredictor
+from .soft_pruning import BudgetMultipliers, SoftModule, mask_module, objective_loss
 from .token_layer import LayerPlan, LayerStates
 from .token_layout import shapes_only
 from .token_outputs import EncoderCall, LayerWork
@@ -35,7 +38,30 @@ class Prunable:
             ValueError: quoting the value and the rule it breaks; the old pruning stays.
         """
         self.config.pruning = pruning
-        self.base_model.fit_token_predictors()
+        self.base_model.fit_pruner()
+
+    def set_budget(self, macs: float) -> None:
+        """Switches to the values that cost this MAC ratio, between the budgets that the pruning carries.
+
+        Raises:
+            ValueError: a pruning without budgets, or a ratio that none of them reaches; the old values stay.
+        """
+        if self.config.pruning is None:
+            raise ValueError(f"budget ({macs!r}) needs a pruning with budgets, and this model has none")
+        self.set_pruning(self.config.pruning.at_budget(macs))
+
+    def settle_pruning(self) -> None:
+        """Ends the training of a pruning: what was learned becomes the values of its sites, without parameters."""
+        pruning = self.config.pruning
+        if pruning is None or pruning.objective is None:
+            return
+        self.set_pruning(replace(self.base_model.learned_pruning(), objective=None))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SoftModule):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """Saves under the current parameter names, which stock models load as well as the old ones.
@@ -69,10 +95,50 @@ class TokenPruneModel(Prunable):
         return self.layers if "layers" in self._modules else self.encoder.layer
 
     def post_init(self) -> None:
-        self.fit_token_predictors()
+        self.fit_pruner()
         super().post_init()
 
-    def fit_token_predictors(self) -> None:
+    def fit_pruner(self) -> None:
+        """Gives the layers what their sites need of parameters, and takes away what an objective needs no more."""
+        self._fit_token_predictors()
+        self._fit_token_masks()
+
+    def learned_pruning(self) -> PruningConfig | None:
+        """`config.pruning` with the values that the masks have learned so far."""
+        pruning, layers = self.config.pruning, self.token_layers()
+        if pruning is None:
+            return None
+        masks = (layers[site.layer]._modules.get("token_mask") for stage in pruning.stages for site in stage.sites())
+        learned = [
+            value if mask is None else float(mask.value) if isinstance(value, float) else mask.value
+            for value, mask in zip(pruning.values, masks)
+        ]
+        return pruning.with_learned(learned)
+
+    def _fit_token_masks(self) -> None:
+        pruning, layers = self.config.pruning, self.token_layers()
+        objective = None if pruning is None else pruning.objective
+        wanted = {} if objective is None else pruning.sites
+        for index, layer in enumerate(layers):
+            mask = mask_module(wanted[index], objective, self.longest_input) if index in wanted else None
+            self._hold(layer, "token_mask", mask)
+        self._hold(self, "token_budget", BudgetMultipliers() if objective and objective.name == "budget" else None)
+
+    def _hold(self, owner: nn.Module, name: str, wanted: nn.Module | None) -> None:
+        """Makes `owner.name` the wanted module, or leaves the one that is there, if it started as the same."""
+        held = owner._modules.get(name)
+        if wanted is None:
+            owner._modules.pop(name, None)
+        elif type(held) is not type(wanted) or vars(held).get("initial") != vars(wanted).get("initial"):
+            like = next(parameter for parameter in owner.parameters())
+            setattr(owner, name, wanted.to(like.device))
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens of the longest input that the model takes."""
+        return self.config.max_position_embeddings
+
+    def _fit_token_predictors(self) -> None:
         """Gives a new token predictor to each layer whose site needs one and that has none yet."""
         layers = self.token_layers()
         for index, site in ({} if self.config.pruning is None else self.config.pruning.sites).items():
@@ -172,6 +238,7 @@ class TokenPruneModel(Prunable):
             The model's output.
         """
         bank, hidden, layers = None, embedded.pop(), self.token_layers()
+        self._check_checkpointing(layers)
         hidden_states, attentions = [], []
         attention = self.config._attn_implementation
         call.start = state
@@ -182,7 +249,9 @@ class TokenPruneModel(Prunable):
             before, before_state = hidden, state
             hidden, states, attention_map = layer(hidden, state, plan, self.config)
             state = states.left
-            if plan.site is not None and state.carrier is not None:
+            if state.carrier is not None and state.weight is not None:
+                bank = _faded(hidden, before, state, bank)
+            elif plan.site is not None and state.carrier is not None:
                 bank = _deposit(before, before_state, state, bank)
             if call.attentions and attention_map is not None:
                 attentions.append(attention_map)
@@ -215,12 +284,34 @@ class TokenPruneModel(Prunable):
         site = None if pruning is None else pruning.sites.get(index)
         if site is not None and (site.idle or (first_token_only and site.place == "between")):
             site = None  # no token is lost there, or none that is read
-        return LayerPlan(site, pruning, attention, first_token_only, whole_map=call.attentions)
+        return LayerPlan(site, pruning, attention, first_token_only, call.attentions, self._softening())
+
+    def _softening(self) -> Objective | None:
+        """The objective whose masks stand for removal now: in training, in its soft phase."""
+        pruning = self.config.pruning
+        soft = self.training and pruning is not None and pruning.objective is not None
+        return pruning.objective if soft and pruning.objective.phase == "soft" else None
+
+    def _check_checkpointing(self, layers: nn.ModuleList) -> None:
+        again = getattr(layers[0], "_gradient_checkpointing_func", None)
+        reentrant = getattr(again, "keywords", {}).get("use_reentrant", False)
+        if self._softening() is not None and layers[0].gradient_checkpointing and reentrant:
+            raise ValueError("use_reentrant (True) must be False in the soft phase: weights of tokens have a gradient")
+
+    def pruning_loss(self, call: EncoderCall) -> torch.Tensor | None:
+        """What the pruning's objective adds to the loss of a call that collected its work; None: nothing."""
+        objective, layers = self._softening(), self.token_layers()
+        if objective is None or not call.softened:
+            return None
+        masks = [layers[site.layer]._modules.get("token_mask") for site, _ in call.softened]
+        return objective_loss(objective, call, self.config, masks, self._modules.get("token_budget"))
 
     def _collect(self, call: EncoderCall, index: int, plan: LayerPlan, before: TokenState, states: LayerStates) -> None:
         pruning = self.config.pruning
         if call.trace and pruning is not None and index in pruning.sites:
             call.states[index] = states.left
+        if plan.soft is not None and plan.site is not None:
+            call.softened.append((plan.site, states.left))
         if not call.work:
             return
         entered, attending, left = states
@@ -250,8 +341,19 @@ def _deposit(hidden: torch.Tensor, before: TokenState, after: TokenState, bank: 
     return torch.where(dropped[..., None], full, bank)
 
 
+def _faded(hidden: torch.Tensor, before: torch.Tensor, state: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
+    """The restored states [B, N, D] after a layer where masks stand for removal: new ones by as much as is left of a
+    token, and for the rest those that it had."""
+    full = state.layout.gather(hidden, state.carrier)
+    bank = state.layout.gather(before, state.carrier) if bank is None else bank
+    share = state.weight.gather(1, state.carrier.clamp(min=0))[..., None].to(full.dtype)
+    return torch.where((state.carrier >= 0)[..., None], share * full + (1 - share) * bank, torch.zeros_like(full))
+
+
 def _restore(hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
     """Full length [B, N, D]: alive tokens as they are, dropped ones as they were last whole, zeros for padding."""
+    if state.weight is not None and bank is not None:
+        return bank
     full = state.layout.gather(hidden, state.carrier)
     there = (state.carrier >= 0)[..., None]
     return torch.where(there, full, torch.zeros_like(full) if bank is None else bank)
@@ -262,6 +364,7 @@ class TokenPruneHead(Prunable):
 
     Modifications:
         - The base model is told what the head reads, so that the last layer computes no more.
+        - In the soft phase of an objective the loss carries what that adds.
         - The output carries the token trace.
 
     Attributes:
@@ -277,7 +380,11 @@ class TokenPruneHead(Prunable):
         call = inputs.pop("encoder_call", None) or EncoderCall()
         call.first_token_only = self.reads_first_token_only
         call.trace = call.trace or bool(output_token_trace)
+        call.work = call.work or self.training
         outputs = native_forward(**inputs, encoder_call=call, return_dict=True)
+        if outputs.get("loss") is not None:
+            extra = self.base_model.pruning_loss(call)
+            outputs["loss"] = outputs["loss"] if extra is None else outputs["loss"] + extra
         return self.output_class(**outputs, token_trace=call.token_trace())
 
 

@@ -5,6 +5,7 @@ A family's own file puts these before its native classes and builds them.
 Shapes: B samples, N tokens (structural ones and patches), D features; `..` is `1, T` packed and `B, N` otherwise.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ class ImageModel(TokenPruneModel):
     """
 
     output_class = TokenPruneModelOutput
+
+    @property
+    def longest_input(self) -> int:
+        sides = (
+            one if isinstance(one, Iterable) else (one, one) for one in (self.config.image_size, self.config.patch_size)
+        )
+        height, width = (pixels // patch for pixels, patch in zip(*sides))
+        return self.structural_tokens + height * width
 
     def encode_images(
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, call: EncoderCall

@@ -126,7 +126,8 @@ def _dynamicvit(*, layers: Sequence[int], base_rate: float = 0.7) -> dict[str, A
     """
     layers = check_sequence("layers", layers)
     values = _compounded(check_rate("base_rate", base_rate), len(layers))
-    return {"stages": [PruningStage(layers, "learned", "keep_rate", values, place="before")]}
+    stage = PruningStage(layers, "learned", "keep_rate", values, place="before")
+    return {"stages": [stage], "objective": "dynamicvit"}
 
 
 def _power_bert(*, retention: Sequence[int]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ only ever reads `PruningConfig.sites`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
 from .presets import PRESETS, DepthUnknown
+from .pruning_budgets import Budgets, check_budgets, eased, falling, site_rules, values_at
+from .pruning_objective import Objective
 from .pruning_stage import (
     MERGES,
     RULES,
@@ -56,6 +58,8 @@ class PruningConfig:
         proportional_attention: whether a token that stands for several weighs as much in attention: log(size) is added
             to its logits.
         preset_name: the preset that the stages come from, for the reader.
+        objective: how the pruning is trained beyond the task's loss: an `Objective`, its name or its fields; None: not.
+        budgets: other values for the same sites, by what they cost: pairs of a MAC ratio (rising) and a value per site.
         awaiting_depth: the hyper-parameters of `preset_name`, where the stages follow from the depth of a model; the
             model's config calls `resolve`.
 
@@ -69,6 +73,8 @@ class PruningConfig:
     min_tokens: int = 1
     proportional_attention: bool = False
     preset_name: str | None = None
+    objective: Objective | None = None
+    budgets: Budgets = ()
     awaiting_depth: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -86,8 +92,10 @@ class PruningConfig:
             check_choice("preset_name", self.preset_name, PRESETS)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "protected_token_ids", tuple(ids))
+        object.__setattr__(self, "objective", Objective.coerce(self.objective))
         self._check_waiting()
         self._check_sites()
+        object.__setattr__(self, "budgets", check_budgets(self.budgets, self.stages))
 
     def _check_waiting(self) -> None:
         waiting = dict(self.awaiting_depth)
@@ -108,6 +116,8 @@ class PruningConfig:
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
         if twice:
             raise ValueError(f"layers {twice} are named by more than one stage; a layer holds one site")
+        for stage in self.stages if self.objective is not None else ():
+            self.objective.check_stage(stage)
         for rule_name, rule in RULES.items():
             sites = sorted(
                 (site for stage in self.stages for site in stage.sites() if site.rule == rule_name),
@@ -135,7 +145,7 @@ class PruningConfig:
             made = function(**hyperparameters)
         except DepthUnknown:
             made = {"awaiting_depth": _with_defaults(function, hyperparameters)}
-        return cls(**made, preset_name=name, **common)
+        return cls(**{**made, "preset_name": name, **common})
 
     def resolve(self, num_layers: int) -> "PruningConfig":
         """This config for a model of `num_layers`: every stage names its layers and values.
@@ -151,6 +161,47 @@ class PruningConfig:
             if layer >= num_layers:
                 raise ValueError(f"layer ({layer}) must be in [0, {num_layers - 1}]: the model has {num_layers} layers")
         return config
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The value of each site, stage after stage."""
+        return tuple(value for stage in self.stages for value in stage.values)
+
+    def with_values(self, values: Sequence[float]) -> "PruningConfig":
+        """The same sites with other values, stage after stage.
+
+        Raises:
+            ValueError: not as many as there are sites, or a value out of range.
+        """
+        values = tuple(values)
+        if len(values) != len(self.values):
+            raise ValueError(f"values ({list(values)}) must be one per site, and there are {len(self.values)}")
+        stages, first = [], 0
+        for stage in self.stages:
+            stages.append(replace(stage, values=values[first : first + len(stage.layers)]))
+            first += len(stage.layers)
+        return replace(self, stages=tuple(stages))
+
+    def with_learned(self, values: Sequence[float]) -> "PruningConfig":
+        """`with_values`, where values that may not rise are brought down to those of earlier sites."""
+        return self.with_values(falling(site_rules(self.stages), values))
+
+    def eased(self, progress: float, length: int) -> "PruningConfig":
+        """The same sites on the way from nothing pruned (progress 0) to these values (1).
+
+        Args:
+            length: tokens of the longest input, which a count of kept tokens starts from.
+        """
+        sites = zip(site_rules(self.stages), self.values)
+        return self.with_values([eased(rule, value, progress, length) for rule, value in sites])
+
+    def at_budget(self, macs: float) -> "PruningConfig":
+        """The values that cost this MAC ratio, interpolated between neighbouring `budgets`.
+
+        Raises:
+            ValueError: no budgets, or a ratio that none of them reaches.
+        """
+        return self.with_values(values_at(self.budgets, macs, self.stages))
 
     @classmethod
     def coerce(cls, value: Any, num_layers: int | None = None) -> "PruningConfig | None":
@@ -211,6 +262,8 @@ class PruningConfig:
             "protected_token_ids": list(self.protected_token_ids),
             "min_tokens": self.min_tokens,
             "proportional_attention": self.proportional_attention,
+            "objective": None if self.objective is None else asdict(self.objective),
+            "budgets": _plain(self.budgets),
             "awaiting_depth": _thawed(self.awaiting_depth),
         }
 
@@ -230,7 +283,7 @@ class PruningConfig:
         return cls(**_known_fields(cls, data))
 
 
-COMMON_FIELDS = ("execution", "protected_token_ids", "min_tokens")
+COMMON_FIELDS = ("execution", "protected_token_ids", "min_tokens", "objective", "budgets")
 _ANY_DEPTH = 12
 
 

@@ -62,6 +62,7 @@ def received_scores(
     heads: int,
     bias: torch.Tensor | None = None,
     diagonal: bool = True,
+    votes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The attention each alive row receives from the alive rows of its sample, mean over heads and rows.
 
@@ -69,6 +70,7 @@ def received_scores(
         query, key: [.., A] laid out as `rows`.
         bias: added to the logits of each key, [..].
         diagonal: whether what a row gives itself counts (it does not in PoWER-BERT, ICML 2020).
+        votes: how much each row's attention counts, [..]; None: alike.
 
     Returns:
         [B, K], rows of alive tokens sum to 1, dead rows 0.
@@ -84,11 +86,14 @@ def received_scores(
         weights = logits.softmax(dim=-1).mean(dim=1)  # [b, n, n]
         if alive is not None:
             weights = weights.masked_fill(~alive[:, :, None], 0.0)
+        if votes is not None:
+            weights = weights * (parts[-1] / parts[-1].sum(dim=1, keepdim=True))[:, :, None]
+            return weights.sum(dim=1) if diagonal else _shares(weights.sum(dim=1) - _diagonal(weights), alive)
         if not diagonal:
-            return _shares(weights.sum(dim=1) - weights.diagonal(dim1=1, dim2=2), alive)
+            return _shares(weights.sum(dim=1) - _diagonal(weights), alive)
         return weights.sum(dim=1) / (weights.shape[1] if alive is None else alive.sum(dim=1, keepdim=True))
 
-    return _scores(score, rows, query, key, *(() if bias is None else (bias,)))
+    return _scores(score, rows, query, key, *(x for x in (bias, votes) if x is not None))
 
 
 def key_norm_scores(key: torch.Tensor, rows: Layout, heads: int) -> torch.Tensor:
@@ -131,7 +136,7 @@ class TokenPredictor(nn.Module):
 
         Args:
             x: [b, n, D].
-            counted: the rows that the mean is over, bool [b, n]; None: all.
+            counted: the rows that the mean is over, bool [b, n], or how much each of them counts; None: all.
 
         Returns:
             [b, n, 2]
@@ -141,8 +146,9 @@ class TokenPredictor(nn.Module):
         if counted is None:
             mean = whole.sum(dim=1, keepdim=True) / max(whole.shape[1], 1)
         else:
-            total = whole.masked_fill(~counted[..., None], 0.0).sum(dim=1, keepdim=True)
-            mean = total / counted.sum(dim=1).clamp(min=1)[:, None, None]
+            there = whole.masked_fill((counted == 0)[..., None], 0.0)
+            total = (there * counted[..., None].to(whole.dtype)).sum(dim=1, keepdim=True)
+            mean = total / counted.sum(dim=1).clamp(min=1)[:, None, None].to(whole.dtype)
         return self.out_conv(torch.cat([local, mean.expand_as(whole)], dim=-1))
 
 
@@ -238,6 +244,10 @@ def _best_of(likeness: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Te
     rounding errors are ties, which go to the earlier one."""
     place = (likeness * GRID).round_().masked_fill_(~candidates[:, None], -torch.inf).argmax(dim=2)
     return likeness.gather(2, place[..., None])[..., 0], place
+
+
+def _diagonal(maps: torch.Tensor) -> torch.Tensor:  # [b, n, n] -> [b, n]
+    return maps.diagonal(dim1=1, dim2=2)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,14 @@ how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .pruning_config import PruningConfig
+from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES, Site
 from .saliency import (
     TokenPredictor,
@@ -26,9 +28,10 @@ from .saliency import (
     shift_scores,
 )
 from .selection import Scores
+from .soft_pruning import SoftReduction, soften, soften_learned
 from .token_attention import AttentionKernel, attend, maps_at_positions
 from .token_layout import PackedRows, named, shapes_only
-from .token_reducer import begin_reduction
+from .token_reducer import Reduction, begin_reduction
 from .token_state import TokenState
 
 
@@ -36,6 +39,8 @@ from .token_state import TokenState
 FEED_FORWARD_ROWS = 1024
 # A projection of so few tokens takes as long as that of a single one: the weights are read.
 FEW_TOKENS = 32
+# What is added to a weight before its logarithm is taken: drawn masks are 0, and have a gradient.
+TINY = 1e-8
 
 
 class LayerPlan(NamedTuple):
@@ -45,6 +50,7 @@ class LayerPlan(NamedTuple):
     attention: the attention function's name.
     first_token_only: only each sample's first token leaves the layer.
     whole_map: every token has its attention row, even if it is dropped here.
+    soft: the objective whose masks stand for removal in this call; None: tokens are removed.
     """
 
     site: Site | None
@@ -52,6 +58,7 @@ class LayerPlan(NamedTuple):
     attention: str
     first_token_only: bool
     whole_map: bool
+    soft: Objective | None = None
 
     def site_at(self, place: str) -> Site | None:
         return self.site if self.site is not None and self.site.place == place else None
@@ -65,10 +72,14 @@ class LayerPlan(NamedTuple):
         return self.whole_map or few or site.whole or SALIENCIES[site.saliency].queries
 
     def bias(self, state: TokenState) -> torch.Tensor | None:
-        """What proportional attention adds to the logits of each key, [..] laid out as the state's rows."""
-        if state.size is None or not self.pruning.proportional_attention:
-            return None
-        return state.layout.lay(state.size.log())
+        """What is added to the logits of each key, [..] laid out as the state's rows: the logarithm of how many tokens
+        it stands for, if attention is proportional, and of what masks left of it."""
+        logs = []
+        if state.size is not None and self.pruning.proportional_attention:
+            logs.append(state.size.log())
+        if state.weight is not None and not self.soft.method.on_hidden:
+            logs.append((state.weight + TINY).log())
+        return state.layout.lay(sum(logs)) if logs else None
 
 
 class LayerStates(NamedTuple):
@@ -155,9 +166,12 @@ class TokenPruneLayer:
         site = plan.site_at("before")
         if site is not None:
             with named(f"layer {site.layer}"):
-                with _gradient_for(site):
-                    scores = self._scores_of_input(hidden, state, site)
-                reduction = begin_reduction(scores, state, site, plan.pruning)
+                if plan.soft is not None:
+                    reduction = soften_learned(self.predictor, hidden, state, plan.soft)
+                else:
+                    with _gradient_for(site):
+                        scores = self._scores_of_input(hidden, state, site)
+                    reduction = begin_reduction(scores, state, site, plan.pruning)
                 hidden, state = reduction.finish(_moved(hidden, state, reduction.state))
         hidden, attending, left, attention_map = self._attention_half(hidden, state, plan, config)
         return self._feed_forward_half(hidden), LayerStates(state, attending, left), attention_map
@@ -174,8 +188,7 @@ class TokenPruneLayer:
             kept = state.only_first()
         elif site is not None and site.saliency != "residual_shift":
             with named(f"layer {site.layer}"):
-                scores = self._scores(Projections(hidden, source, query, key, value), state, plan)
-                reduction = begin_reduction(scores, state, site, plan.pruning)
+                reduction = self._begin(Projections(hidden, source, query, key, value), state, plan)
                 kept = reduction.state
         asking = state if plan.whole_map else kept
         entered = hidden
@@ -206,6 +219,16 @@ class TokenPruneLayer:
         full_map = maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
         return hidden, asking, kept, full_map
 
+    def _begin(self, given: Projections, state: TokenState, plan: LayerPlan) -> Reduction | SoftReduction:
+        if plan.soft is not None and plan.site.saliency == "learned":
+            return soften_learned(self.predictor, given.hidden, state, plan.soft)
+        scores = self._scores(given, state, plan)
+        mask = self._modules.get("token_mask")
+        if plan.soft is not None:
+            return soften(scores.saliency, state, plan.site, plan.soft, mask)
+        site = plan.site if mask is None else replace(plan.site, value=mask.value)
+        return begin_reduction(scores, state, site, plan.pruning)
+
     def _kernel(self, plan: LayerPlan, config: Any) -> AttentionKernel:
         module = self.attention_module
         return AttentionKernel(
@@ -224,7 +247,8 @@ class TokenPruneLayer:
         """The saliency of every row; with a gradient where the new rows are made with it."""
         site, layout, module = plan.site, state.layout, self.attention_module
         heads, bias = module.num_attention_heads, plan.bias(state)
-        with _gradient_for(site):
+        votes = None if state.weight is None or plan.soft.method.on_hidden else layout.lay(state.weight)
+        with _gradient_for(site, plan.soft):
             match site.saliency:
                 case "cls_attention" | "cls_value_norm":
                     asks = self.query(layout.first(given.source)) if given.query is None else layout.first(given.query)
@@ -233,7 +257,7 @@ class TokenPruneLayer:
                 case "received_attention" | "received_from_others":
                     diagonal = site.saliency == "received_attention"
                     scores = received_scores(
-                        given.query, given.key, layout, module.scaling, heads, bias, diagonal=diagonal
+                        given.query, given.key, layout, module.scaling, heads, bias, diagonal=diagonal, votes=votes
                     )
                 case "key_norm":
                     scores = key_norm_scores(given.key, layout, heads)
@@ -260,6 +284,6 @@ def _moved(x: torch.Tensor, before: TokenState, after: TokenState) -> torch.Tens
     return x if after.layout is before.layout else after.layout.take(x)
 
 
-def _gradient_for(site: Site) -> AbstractContextManager:
-    """Scores have a gradient where new tokens are made with them, and not only chosen by them."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and site.weighted)
+def _gradient_for(site: Site, soft: Objective | None = None) -> AbstractContextManager:
+    """Scores have a gradient where new tokens or masks are made with them, and not only choices."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and (site.weighted or soft is not None))

@@ -83,7 +83,7 @@ class TokenPruneTwoHeadedOutput(DeiTForImageClassificationWithTeacherOutput):
 
 @dataclass(frozen=True)
 class LayerWork:
-    """How many tokens of each sample one layer computed what for; all long [B].
+    """How many tokens of each sample one layer computed what for; all long [B], or float32 with masks for removal.
 
     arrived: tokens at the layer's input. keys: keys and values. queries: queries, those for the scores included.
     contexts: attention rows and output projections. feed_forward: feed-forwards. site: what was reduced there, and how.
@@ -108,6 +108,7 @@ class EncoderCall:
         trace, work, hidden_states, attentions: what to collect.
         restore: whether the sequence comes back in full length.
         start: the state at the input; states: the state after each site, by layer; layer_work: one entry per layer.
+        softened: the sites whose masks stand for removal, each with the state after it.
     """
 
     first_token_only: bool = False
@@ -119,6 +120,7 @@ class EncoderCall:
     start: TokenState | None = None
     states: dict[int, TokenState] = field(default_factory=dict)
     layer_work: list[LayerWork] = field(default_factory=list)
+    softened: list[tuple[Site, TokenState]] = field(default_factory=list)
 
     @property
     def whole_sequence(self) -> bool:

@@ -34,7 +34,7 @@ class TokenInput(NamedTuple):
 
 
 class TokenState(NamedTuple):
-    """The tokens of a batch on their way through the layers. Holds no differentiable tensor and is never changed.
+    """The tokens of a batch on their way through the layers. Never changed; only `weight` may have a gradient.
 
     layout: how the rows lie in memory, and which are alive.
     input: what the call started with.
@@ -42,6 +42,8 @@ class TokenState(NamedTuple):
     positions: the original position of each row; None where nobody asks.                    # long [B, K]
     carrier: the row that carries each original position, -1 where it is gone; None likewise. # long [B, N]
     size: input tokens that each row stands for, as attention weighs it; None: one, everywhere, or nobody asks.
+        # float32 [B, K]
+    weight: what is left of each row where masks stand for removal, in [0, 1], dead rows 0; None: all of it.
         # float32 [B, K]
     """
 
@@ -51,6 +53,7 @@ class TokenState(NamedTuple):
     positions: torch.Tensor | None = None
     carrier: torch.Tensor | None = None
     size: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
     @property
     def alive(self) -> torch.Tensor:  # bool [B, K]
@@ -58,8 +61,12 @@ class TokenState(NamedTuple):
 
     @property
     def counts(self) -> torch.Tensor:
-        """Alive tokens per sample."""  # long [B]
-        return self.layout.counts
+        """Alive tokens per sample; with weights as many as is expected."""  # long [B], or float32 [B]
+        return self.layout.counts if self.weight is None else self.weight.sum(dim=1)
+
+    @property
+    def weights(self) -> torch.Tensor:  # float32 [B, K]
+        return self.alive.float() if self.weight is None else self.weight
 
     @property
     def held(self) -> torch.Tensor:

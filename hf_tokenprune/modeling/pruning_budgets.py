@@ -1,0 +1,79 @@
+"""Many prunings in one: the values of the same sites for other costs.
+
+Between two of them every site's value moves linearly, counts in whole tokens.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from .pruning_stage import RULES, PruningStage, check_number, check_sequence
+
+
+Budgets = tuple[tuple[float, tuple[float, ...]], ...]
+
+WHOLE = ("keep_count", "remove_count")
+
+
+def eased(rule: str, value: float, progress: float, length: int) -> float:
+    """A rule's value on the way from the one at which every token of `length` stays (progress 0) to its own (1)."""
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress ({progress!r}) must be in [0, 1]")
+    idle = max(length, value) if RULES[rule].idle is None else RULES[rule].idle
+    return _between(rule, idle, value, progress)
+
+
+def check_budgets(budgets: Any, stages: Sequence[PruningStage]) -> Budgets:
+    """Raises a ValueError unless MAC ratios rise and each comes with one valid value per site."""
+    checked = []
+    for entry in check_sequence("budgets", budgets):
+        entry = check_sequence("budgets", entry)
+        if len(entry) != 2:
+            raise ValueError(f"budgets ({entry!r}) must be pairs of a MAC ratio and one value per site")
+        ratio = check_number("a budget's MAC ratio", entry[0])
+        values = check_sequence("a budget's values", entry[1])
+        rules = site_rules(stages)
+        if len(values) != len(rules):
+            raise ValueError(f"a budget's values ({list(values)}) must be one per site, and there are {len(rules)}")
+        checked.append((ratio, tuple(RULES[rule].check(rule, value) for rule, value in zip(rules, values))))
+    if any(late[0] <= early[0] for early, late in pairwise(checked)):
+        raise ValueError(f"the MAC ratios of budgets ({[ratio for ratio, _ in checked]}) must rise")
+    return tuple(checked)
+
+
+def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage]) -> tuple[float, ...]:
+    """One value per site at a MAC ratio between those of the budgets.
+
+    Raises:
+        ValueError: no budgets, or a ratio that none of them reaches.
+    """
+    macs = check_number("budget", macs)
+    if not budgets:
+        raise ValueError(f"budget ({macs}) needs a pruning with budgets: plan_budgets(...) makes them")
+    if macs >= budgets[-1][0] and macs <= 1.0:
+        return budgets[-1][1]
+    if not budgets[0][0] <= macs <= budgets[-1][0]:
+        raise ValueError(f"budget ({macs}) must be in [{budgets[0][0]}, {max(1.0, budgets[-1][0])}]")
+    (low, cheap), (high, dear) = next(pair for pair in pairwise(budgets) if pair[0][0] <= macs <= pair[1][0])
+    progress = (high - macs) / (high - low)
+    return tuple(_between(rule, *pair, progress) for rule, *pair in zip(site_rules(stages), dear, cheap))
+
+
+def falling(rules: Sequence[str], values: Sequence[float]) -> list[float]:
+    """The values, where a rule's may not rise none above those before it."""
+    least: dict[str, float] = {}
+    result = []
+    for rule, value in zip(rules, values):
+        least[rule] = min(least.get(rule, value), value)
+        result.append(least[rule] if RULES[rule].falling else value)
+    return result
+
+
+def _between(rule: str, start: float, end: float, progress: float) -> float:
+    value = start + (end - start) * progress
+    return round(value) if rule in WHOLE else value
+
+
+def site_rules(stages: Sequence[PruningStage]) -> list[str]:
+    """The rule of each site, stage after stage."""
+    return [stage.rule for stage in stages for _ in stage.layers]

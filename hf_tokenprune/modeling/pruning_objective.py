@@ -1,0 +1,117 @@
+"""What a method's own training needs: how masks stand for removal, and what is added to the loss.
+
+A new objective is one entry in a table of this file and one penalty in `soft_pruning`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from .pruning_stage import PruningStage, check_choice, check_number
+
+
+PHASES = ("soft", "hard")
+THRESHOLDS = ("threshold", "relative_threshold")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What an objective asks of the stages it trains, and what it takes if nothing is said.
+
+    rules: the selection rules that it knows masks for. saliencies: scores whose votes can be weighed; None: all.
+    penalty: the weight of what is added to the loss. temperature: of the masks.
+    on_hidden: whether hidden states are multiplied by the masks; otherwise log(mask) is added to the attention logits
+        of the masked keys, which in the limit is removal.
+    """
+
+    rules: tuple[str, ...]
+    saliencies: tuple[str, ...] | None
+    penalty: float
+    temperature: float
+    on_hidden: bool = False
+
+
+_VOTES = ("cls_attention", "received_attention", "received_from_others")
+OBJECTIVES = MappingProxyType(
+    {
+        # sigmoid((score - threshold) / temperature), learned thresholds, penalty x mean mask (LTP, KDD 2022)
+        "ltp": Method(THRESHOLDS, _VOTES, 0.1, 1e-3),
+        # r_l[rank], penalty x sum_l l |r_l| (PoWER-BERT, ICML 2020)
+        "power_bert": Method(("keep_count",), None, 3e-4, 1.0, on_hidden=True),
+        # a hard Gumbel mask of the predictor, penalty x mean_s (mean mask - rate_s)^2 (DynamicViT, NeurIPS 2021)
+        "dynamicvit": Method(("keep_rate",), ("learned",), 2.0, 1.0),
+        # learned thresholds under a constraint on the expected MAC ratio: penalty scales both multipliers' start
+        "budget": Method(THRESHOLDS, _VOTES, 0.0, 0.2),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a pruning is trained beyond the task's loss.
+
+    Args:
+        name: one of `OBJECTIVES`.
+        phase: `"soft"`: in training nothing is removed and masks stand for it; `"hard"`: tokens are removed in training
+            as in evaluation, and what was learned stays as it is.
+        target_macs: the MAC ratio, in (0, 1], that `budget` is to meet; for no other objective.
+        penalty: weight of what is added to the loss; the objective's usual one if None.
+        temperature: of the masks, > 0; likewise.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, a budget without a target.
+    """
+
+    name: str
+    phase: str = "soft"
+    target_macs: float | None = None
+    penalty: float | None = None
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        method = OBJECTIVES[check_choice("objective", self.name, OBJECTIVES)]
+        check_choice("phase", self.phase, PHASES)
+        if (self.name == "budget") != (self.target_macs is not None):
+            raise ValueError(f"target_macs ({self.target_macs!r}) must be given with objective 'budget' and no other")
+        if self.target_macs is not None and not 0 < check_number("target_macs", self.target_macs) <= 1:
+            raise ValueError(f"target_macs ({self.target_macs!r}) must be in (0, 1]")
+        for name in ("penalty", "temperature"):
+            value = getattr(self, name)
+            value = getattr(method, name) if value is None else check_number(name, value)
+            if value < 0 or (value == 0 and name == "temperature"):
+                raise ValueError(f"{name} ({value!r}) must be {'> 0' if name == 'temperature' else '>= 0'}")
+            object.__setattr__(self, name, float(value))
+
+    @property
+    def method(self) -> Method:
+        return OBJECTIVES[self.name]
+
+    @classmethod
+    def coerce(cls, value: Any) -> "Objective | None":
+        """An `Objective` from one, None, its name, or its fields as a dict."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"objective ({value!r}) must be an Objective, its name, a dict or None")
+        known = cls.__dataclass_fields__
+        for name in value:
+            if name not in known:
+                raise ValueError(f"unknown field {name!r} of Objective; known: {', '.join(known)}")
+        return cls(**value)
+
+    def check_stage(self, stage: PruningStage) -> None:
+        """Raises a ValueError for a stage that this objective has no masks for."""
+        method = self.method
+        if stage.rule not in method.rules or stage.reduction != "drop":
+            raise ValueError(
+                f"objective {self.name!r} trains stages with rule {' or '.join(map(repr, method.rules))} and reduction "
+                f"'drop', not rule {stage.rule!r} with reduction {stage.reduction!r}"
+            )
+        if method.saliencies is not None and stage.saliency not in method.saliencies:
+            raise ValueError(
+                f"objective {self.name!r} needs saliency {' or '.join(map(repr, method.saliencies))}, not "
+                f"{stage.saliency!r}"
+            )
