@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -23,6 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+
+# Not from the top, where older releases put a stand-in that asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .. import packaged
 from ..convert import prune
