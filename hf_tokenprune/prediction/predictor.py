@@ -1,0 +1,239 @@
+"""A model made ready: encoded rows in, columns of results out.
+
+Shapes: B rows of a batch, R rows of a shard, N tokens, D features, C classes.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+# Not from the top, where older releases put a stand-in that asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .. import packaged
+from ..convert import prune
+from ..modeling.token_outputs import EncoderCall
+from .arguments import PredictionArguments
+from .inputs import Encoded, ImageEncoder, TextEncoder, token_batches
+from .rows import Rows
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What turns values of the data into columns of results.
+
+    Args:
+        model: one of ours, in eval mode, on its device.
+        encode: values of the data to an `Encoded`.
+        head: the model and its inputs to one row of numbers each, [B, D] or [B, C].
+        columns: these rows, [R, D] or [R, C] in float32, to columns of results.
+        features: of the columns of results.
+    """
+
+    model: PreTrainedModel
+    encode: Callable[[list[Any]], Encoded]
+    head: Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor]
+    columns: Callable[[torch.Tensor], dict[str, pa.Array]]
+    features: datasets.Features
+
+    @torch.inference_mode()
+    def __call__(
+        self, encoded: Encoded, max_tokens: int, max_rows: int, progress: Callable[[int, int], None]
+    ) -> dict[str, pa.Array]:
+        """The columns of results of a shard, in the order of its rows.
+
+        Args:
+            progress: called after each batch with its rows and its real tokens.
+        """
+        order, numbers = [], []
+        for rows in token_batches(encoded.lengths, max_tokens, max_rows):
+            batch = {name: value.to(self.model.device) for name, value in encoded.batch(rows).items()}
+            numbers.append(self.head(self.model, batch).float())
+            order += rows
+            progress(len(rows), sum(encoded.lengths[row] for row in rows))
+        sorted_rows = torch.cat(numbers).cpu()
+        in_order = torch.empty_like(sorted_rows)
+        in_order[torch.tensor(order)] = sorted_rows
+        return self.columns(in_order)
+
+
+def load_predictor(arguments: PredictionArguments, rows: Rows, device: torch.device) -> Predictor:
+    """The model as asked for, with all that goes around it.
+
+    Raises:
+        OSError: no such model.
+        TypeError: a model that cannot be pruned, listing those that can.
+        ValueError: a checkpoint without the weights that the task needs, an impossible pruning or length.
+    """
+    name = arguments.model_name_or_path
+    path = packaged.model_path(name) if name in packaged.available_models() else name
+    shared = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    shared = {key: value for key, value in shared.items() if value}
+    model = _load_model(path, arguments, images=rows.images, **shared)
+    tokenizer = None if rows.images else AutoTokenizer.from_pretrained(path, **shared)
+    model = _pruned(model, arguments.pruning, tokenizer).to(device).eval()
+    if rows.images:
+        # The backend is named because the default one needs torchvision.
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", **shared)
+        encode = ImageEncoder(processor, rows.features[rows.column], _tokens_of_an_image(model, processor))
+    else:
+        encode = TextEncoder(tokenizer, _max_length(arguments.max_length, model, tokenizer))
+    if arguments.task == "embed":
+        features = {"embedding": datasets.List(datasets.Value("float32"), length=model.config.hidden_size)}
+        columns = Embeddings(arguments.normalize)
+        return Predictor(model, encode, _POOLING[arguments.pooling], columns, datasets.Features(features))
+    columns = Classes(model.config.id2label, model.config.num_labels, _activation(model.config), arguments.logits)
+    return Predictor(model, encode, _logits, columns, columns.features)
+
+
+def describe_model(predictor: Predictor, arguments: PredictionArguments) -> dict[str, Any]:
+    """What decides the results of a model: its name and content, and the pruning."""
+    hasher = hashlib.sha256()
+    for key, value in sorted(predictor.model.state_dict().items()):
+        if arguments.task == "predict" or "pooler" not in key:  # not read by embed, and random where there is none
+            hasher.update(key.encode() + value.contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+    if isinstance(predictor.encode, TextEncoder):
+        tokenizer = predictor.encode.tokenizer
+        content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab()))
+        hasher.update(content.encode())
+    else:
+        hasher.update(json.dumps(predictor.encode.processor.to_dict(), sort_keys=True, default=str).encode())
+    pruning = getattr(predictor.model.config, "pruning", None)
+    return {
+        "model": f"{arguments.model_name_or_path}, sha256 {hasher.hexdigest()[:16]}",
+        "pruning": pruning and pruning.to_dict(),
+    }
+
+
+def _load_model(path: Any, arguments: PredictionArguments, *, images: bool, **shared: Any) -> PreTrainedModel:
+    predict = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    auto = predict if arguments.task == "predict" else AutoModel
+    set_seed(0)  # weights that a checkpoint lacks and nobody reads are the same in every process
+    model, info = auto.from_pretrained(path, dtype=arguments.dtype, output_loading_info=True, **shared)
+    missing = sorted(key for key in info["missing_keys"] if arguments.task == "predict" or "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"{arguments.model_name_or_path} has no weights for {', '.join(missing)}; task {arguments.task!r} must have"
+            " them"
+        )
+    return model
+
+
+def _pruned(model: PreTrainedModel, text: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    if text is None:
+        return model if hasattr(model, "set_pruning") else prune(model, None)
+    wish = None if text == "none" else json.loads(text) if text.lstrip().startswith("{") else {"preset": text}
+    if wish is not None and tokenizer is not None and tokenizer.sep_token_id is not None:
+        wish.setdefault("protected_token_ids", [tokenizer.sep_token_id])
+    if not hasattr(model, "set_pruning"):
+        return prune(model, wish)
+    model.set_pruning(wish)
+    return model
+
+
+def _max_length(asked: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    places = model.config.max_position_embeddings
+    if asked is not None and asked > places:
+        raise ValueError(f"max_length ({asked}) must be at most max_position_embeddings ({places})")
+    return min(places, tokenizer.model_max_length) if asked is None else asked
+
+
+def _tokens_of_an_image(model: PreTrainedModel, processor: Any) -> int:
+    size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else processor.size
+    height, width = (size[side] for side in ("height", "width"))
+    patch = model.config.patch_size
+    return model.base_model.structural_tokens + (height // patch) * (width // patch)
+
+
+def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # [B, C]
+    return model(**batch).logits
+
+
+def _first_token(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # [B, D]
+    # A model whose code came with its checkpoint may not know this package's way to ask for less.
+    ours = type(model).__module__.startswith(__name__.partition(".")[0])
+    asked = {"encoder_call": EncoderCall(first_token_only=True)} if ours else {}
+    return model(**batch, **asked).last_hidden_state[:, 0]
+
+
+def _mean(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # [B, D]
+    hidden = model(**batch).last_hidden_state
+    return _masked_mean(hidden, batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)))
+
+
+def _kept_mean(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # [B, D]
+    output = model(**batch, restore=False)
+    return _masked_mean(output.last_hidden_state, output.attention_mask)
+
+
+def _masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # [B, N, D], [B, N]
+    weights = mask.float()
+    return torch.einsum("bnd,bn->bd", hidden.float(), weights) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+_POOLING = {"mean": _mean, "kept_mean": _kept_mean, "cls": _first_token}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """[R, D] as one column of vectors, of length one if `normalize`."""
+
+    normalize: bool
+
+    def __call__(self, vectors: torch.Tensor) -> dict[str, pa.Array]:
+        if self.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return {"embedding": _vectors(vectors)}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Logits [R, C] as the best label, its score and, if asked for, the logits.
+
+    activation: "softmax", "sigmoid" or "none": the score, as Transformers' pipelines give it.
+    """
+
+    labels: dict[int, str]
+    count: int
+    activation: str
+    with_logits: bool
+
+    @property
+    def features(self) -> datasets.Features:
+        number = datasets.Value("float32")
+        columns = {"label": datasets.Value("string"), "score": number}
+        return datasets.Features(columns | ({"logits": datasets.List(number, self.count)} if self.with_logits else {}))
+
+    def __call__(self, logits: torch.Tensor) -> dict[str, pa.Array]:
+        scores = {"softmax": lambda x: x.softmax(dim=-1), "sigmoid": torch.sigmoid, "none": lambda x: x}
+        best, index = scores[self.activation](logits).max(dim=-1)
+        labels = [str(self.labels[i]) for i in index.tolist()]
+        columns = {"label": pa.array(labels, pa.string()), "score": pa.array(best.numpy(), pa.float32())}
+        return columns | ({"logits": _vectors(logits)} if self.with_logits else {})
+
+
+def _activation(config: Any) -> str:
+    if config.problem_type == "regression":
+        return "none"
+    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
+
+
+def _vectors(values: torch.Tensor) -> pa.Array:
+    flat = np.ascontiguousarray(values.numpy()).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), values.shape[1])

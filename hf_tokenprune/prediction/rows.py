@@ -1,0 +1,184 @@
+"""The rows that go in: any data set as a stream of Arrow tables of a fixed number of rows.
+
+A table's place in the stream depends on the data and on `rows_per_shard` alone. With each comes the position of the
+stream before it, from which it can be read again without what goes before.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from .. import packaged
+from .arguments import PredictionArguments, PredictionError, one_line
+
+
+_KINDS = {
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_UNTYPED = datasets.Value("null")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A stream of the columns that are needed.
+
+    Args:
+        stream: it.
+        features: of these columns.
+        column: the one that the model reads.
+        count: how many rows there are, None if only the end will tell.
+    """
+
+    stream: datasets.IterableDataset
+    features: datasets.Features
+    column: str
+    count: int | None
+
+    @property
+    def images(self) -> bool:
+        return isinstance(self.features[self.column], datasets.Image)
+
+    def tables(self, size: int, position: dict | None = None) -> Iterator[tuple[pa.Table, dict]]:
+        """Tables of `size` rows (the last may be shorter), each with the position before it.
+
+        Raises:
+            PredictionError: the data cannot be read.
+        """
+        stream = self.stream.with_format("arrow")
+        if position is not None:
+            stream.load_state_dict(position)
+        before, tables = stream.state_dict(), stream.iter(batch_size=size)
+        while (table := _next_table(tables)) is not None:
+            yield table, before
+            before = stream.state_dict()
+
+
+def _next_table(tables: Iterator[pa.Table]) -> pa.Table | None:
+    try:
+        return next(tables, None)
+    except Exception as error:  # a builder for each kind of data, each with errors of its own
+        raise PredictionError(f"the data cannot be read on: {type(error).__name__}: {one_line(error)}") from error
+
+
+def open_rows(arguments: PredictionArguments) -> Rows:
+    """The data as asked for. Only its first rows are read.
+
+    Raises:
+        ValueError: no rows, a column that is not there or holds neither text nor images.
+        OSError: no such data set.
+    """
+    stream, count = _open(arguments)
+    if arguments.max_rows is not None:
+        stream = stream.take(arguments.max_rows)
+        count = None if count is None else min(count, arguments.max_rows)
+    first = _next_table(stream.with_format("arrow").iter(batch_size=1))
+    if first is None:
+        raise ValueError(_no_rows(arguments))
+    column = arguments.image_column or arguments.text_column
+    wanted = list(dict.fromkeys([column, *copied_columns(arguments)]))
+    for wish in wanted:
+        if wish not in first.column_names:
+            raise ValueError(f"column {wish!r} is not in {_name(arguments)}; it has {first.column_names}")
+    known = stream.features or datasets.Features.from_arrow_schema(first.schema)
+    features = datasets.Features({wish: known[wish] for wish in wanted})
+    _check_column(column, features[column], images=arguments.image_column is not None)
+    return Rows(stream.select_columns(wanted), features, column, count)
+
+
+def copied_columns(arguments: PredictionArguments) -> list[str]:
+    """The columns of the data that go to the output, in their order there."""
+    wishes = [arguments.id_column, *(arguments.keep_columns or [])]
+    return list(dict.fromkeys(name for name in wishes if name is not None))
+
+
+def digest(table: pa.Table) -> str:
+    """Of the values alone: the same however Arrow holds them."""
+    hasher = hashlib.sha256()
+    for name in sorted(table.column_names):
+        for value in table[name].to_pylist():
+            hasher.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
+    return hasher.hexdigest()
+
+
+def check_values(values: list[Any], column: str, start: int) -> None:
+    """Types are told by the column; this is about rows without a value.
+
+    Raises:
+        PredictionError: naming the first such row, counted from the beginning of the data.
+    """
+    for row, value in enumerate(values, start):
+        if value is None:
+            raise PredictionError(f"row {row}: {column} (None) must have a value; an empty text is one")
+
+
+def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, int | None]:
+    """The stream of all columns, and how many rows it has if that is known."""
+    name, split = arguments.dataset_name, arguments.split
+    if name in packaged.available_datasets():
+        return _one_split(packaged.load_dataset(name), name, split)
+    if name is not None and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        return _one_split(datasets.load_from_disk(name), name, split)
+    files = arguments.data_files
+    if name is None or Path(name).is_file():
+        files = files or [name]
+        name = _kind(files[0])
+    wish = {
+        # One kind of local files, whatever they are called, is the split that was asked for.
+        "data_files": {split: files} if files and name in _KINDS.values() else files,
+        "split": split,
+        "revision": arguments.dataset_revision,
+        "streaming": True,
+    }
+    try:
+        stream = datasets.load_dataset(name, arguments.dataset_config, **wish)
+    except StopIteration:  # of the first file's first block
+        raise ValueError(_no_rows(arguments)) from None
+    if stream.features and _UNTYPED in stream.features.values():
+        # A column without any value in the first block; later ones may have text there.
+        text = datasets.Value("string")
+        features = {key: text if feature == _UNTYPED else feature for key, feature in stream.features.items()}
+        wish["features"] = datasets.Features(features)
+        stream = datasets.load_dataset(name, arguments.dataset_config, **wish)
+    known = (stream.info.splits or {}).get(split)
+    return stream, known and known.num_examples
+
+
+def _kind(file: str) -> str:
+    for suffix in reversed(Path(file).suffixes):  # data.json.gz
+        if suffix.lower() in _KINDS:
+            return _KINDS[suffix.lower()]
+    raise ValueError(f"{file}: its ending must be one of {', '.join(_KINDS)}, or dataset_name must name the kind")
+
+
+def _one_split(data: Any, name: str, split: str) -> tuple[datasets.IterableDataset, int]:
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"{name} has no split {split!r}; it has {sorted(data)}")
+        data = data[split]
+    return data.with_format(None).to_iterable_dataset(), len(data)
+
+
+def _name(arguments: PredictionArguments) -> str:
+    return arguments.dataset_name or arguments.data_files[0]
+
+
+def _no_rows(arguments: PredictionArguments) -> str:
+    return f"{_name(arguments)}, split {arguments.split!r}, has no rows at its beginning; it must have at least one"
+
+
+def _check_column(name: str, feature: Any, *, images: bool) -> None:
+    if images and not isinstance(feature, datasets.Image):
+        raise ValueError(f"column {name!r} holds {feature}; image_column must hold images")
+    text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    if not images and not text:
+        raise ValueError(f"column {name!r} holds {feature}; text_column must hold text")
