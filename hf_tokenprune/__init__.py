@@ -8,6 +8,7 @@ from .modeling.pruning_config import PruningConfig
 from .modeling.pruning_stage import PruningStage
 from .planning import Calibration, Plan, calibrate, plan
 from .profiling.macs import count_macs
+from .training import TokenPruneTrainer, TokenPruneTrainingArguments
 
 
 __version__ = "0.1.0"
@@ -21,6 +22,8 @@ __all__ = [
     "Plan",
     "PruningConfig",
     "PruningStage",
+    "TokenPruneTrainer",
+    "TokenPruneTrainingArguments",
     "calibrate",
     "count_macs",
     "load_dynamicvit_predictors",

@@ -28,6 +28,10 @@ from .token_outputs import EncoderCall, LayerWork
 from .token_state import TokenState, start_state
 
 
+# What a pruning has parameters in, wherever in a model.
+PRUNER_MODULES = ("token_predictor", "token_mask", "token_budget")
+
+
 class Prunable:
     """What base models and heads have in common for their user."""
 
@@ -258,6 +262,7 @@ class TokenPruneModel(Prunable):
             self._collect(call, index, plan, before_state, states)
         if call.hidden_states:
             hidden_states.append(_restore(hidden, state, bank))
+        call.end = state
         return self.output_class(
             **self._sequence_outputs(hidden, state, bank, call),
             hidden_states=tuple(hidden_states) if call.hidden_states else None,

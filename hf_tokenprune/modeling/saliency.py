@@ -146,8 +146,9 @@ class TokenPredictor(nn.Module):
         if counted is None:
             mean = whole.sum(dim=1, keepdim=True) / max(whole.shape[1], 1)
         else:
-            there = whole.masked_fill((counted == 0)[..., None], 0.0)
-            total = (there * counted[..., None].to(whole.dtype)).sum(dim=1, keepdim=True)
+            share = counted[..., None]
+            there = whole.masked_fill(~share, 0.0) if share.dtype == torch.bool else whole * share.to(whole.dtype)
+            total = there.sum(dim=1, keepdim=True)
             mean = total / counted.sum(dim=1).clamp(min=1)[:, None, None].to(whole.dtype)
         return self.out_conv(torch.cat([local, mean.expand_as(whole)], dim=-1))
 

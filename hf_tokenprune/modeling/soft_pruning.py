@@ -146,7 +146,8 @@ def soften_learned(
     hidden: [.., D] laid out as the state's rows. Its mean, in the predictor, is over the tokens that are left.
     """
     counted = state.weights.masked_fill(state.alive.cumsum(dim=1) <= state.input.prefix, 0.0)
-    choices = predictor(state.layout.spread(hidden), counted).float()  # [B, K, 2]
+    rows = state.layout.spread(hidden).masked_fill(~state.alive[..., None], 0.0)
+    choices = predictor(rows, counted).float()  # [B, K, 2]
     drawn = nn.functional.gumbel_softmax(choices, tau=objective.temperature, hard=True, dim=-1)
     return _weighed(drawn[..., 0], state, objective)
 

@@ -107,7 +107,8 @@ class EncoderCall:
         first_token_only: the head reads each sample's first token alone.
         trace, work, hidden_states, attentions: what to collect.
         restore: whether the sequence comes back in full length.
-        start: the state at the input; states: the state after each site, by layer; layer_work: one entry per layer.
+        start, end: the state at the input, and after the last layer; states: the state after each site, by layer.
+        layer_work: one entry per layer.
         softened: the sites whose masks stand for removal, each with the state after it.
     """
 
@@ -118,6 +119,7 @@ class EncoderCall:
     attentions: bool = False
     restore: bool = True
     start: TokenState | None = None
+    end: TokenState | None = None
     states: dict[int, TokenState] = field(default_factory=dict)
     layer_work: list[LayerWork] = field(default_factory=list)
     softened: list[tuple[Site, TokenState]] = field(default_factory=list)

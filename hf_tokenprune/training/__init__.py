@@ -1,1 +1,8 @@
-"""Fine-tuning: data, and what the stock `Trainer` needs around a pruned model."""
+"""Data, objectives and the trainer. `TokenPruneTrainer` is the stock `Trainer` and what pruned models learn with it."""
+
+from .arguments import TokenPruneTrainingArguments
+from .schedule import KeepRateWarmup, SoftToHard
+from .trainer import TokenPruneTrainer
+
+
+__all__ = ["KeepRateWarmup", "SoftToHard", "TokenPruneTrainer", "TokenPruneTrainingArguments"]

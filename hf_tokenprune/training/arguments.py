@@ -1,0 +1,61 @@
+"""Arguments of `TokenPruneTrainer`, beside those of the stock `Trainer`."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class TokenPruneTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, and how a pruning is trained. Shares are of all optimiser steps, in [0, 1].
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    pruner_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of token predictors, masks and multipliers; the learning rate if not given."}
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Of KL(teacher || student) on logits, times the squared temperature."}
+    )
+    distillation_temperature: float = field(default=2.0, metadata={"help": "Of both logits in the KL."})
+    token_distillation_weight: float = field(
+        default=0.0, metadata={"help": "Of the mean squared error of kept tokens' last states to the teacher's."}
+    )
+    keep_rate_warmup_start: float = field(default=0.0, metadata={"help": "Until here nothing is pruned."})
+    keep_rate_warmup_end: float = field(
+        default=0.0, metadata={"help": "From here on all is, half a cosine in between; 0: no warm-up."}
+    )
+    soft_share: float = field(default=0.5, metadata={"help": "Share of training in an objective's soft phase."})
+    budget_warmup: float = field(
+        default=0.4, metadata={"help": "Share of the soft phase in which the target falls from 1 to target_macs."}
+    )
+    budget_samples: int = field(
+        default=256, metadata={"help": "Training inputs on which, at the end, the learned thresholds meet the budget."}
+    )
+    final_temperature: float | None = field(
+        default=None, metadata={"help": "Of the masks at the end of the soft phase; as at its start if not given."}
+    )
+    sandwich_samples: int = field(
+        default=0,
+        metadata={"help": "Random budgets a step, beside nothing pruned and the smallest budget; 0: no sandwich."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("keep_rate_warmup_start", "keep_rate_warmup_end", "soft_share", "budget_warmup"):
+            _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
+        for name in ("distillation_weight", "token_distillation_weight", "sandwich_samples", "budget_samples"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        for name in ("pruner_learning_rate", "distillation_temperature", "final_temperature"):
+            _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "> 0")
+        start, end = self.keep_rate_warmup_start, self.keep_rate_warmup_end
+        _check(
+            "keep_rate_warmup_start", start, start < end or not (start or end), f"below keep_rate_warmup_end ({end})"
+        )
+
+
+def _check(name: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} ({value!r}) must be {rule}")

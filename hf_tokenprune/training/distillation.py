@@ -1,0 +1,50 @@
+"""What a student learns from a teacher: pure functions from their outputs to losses.
+
+Shapes: B samples, N input length, D features, C classes.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..modeling.token_state import TokenState
+
+
+def kl_to_teacher(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """temperature^2 KL(teacher || student), mean over samples or counted tokens: a scalar.
+
+    Args:
+        student, teacher: logits [B, C] or [B, N, C]; no gradient goes to the teacher.
+        counted: bool [B, N], for logits of tokens.
+    """
+    wanted = (teacher.detach().float() / temperature).log_softmax(dim=-1)
+    given = (student.float() / temperature).log_softmax(dim=-1)
+    each = F.kl_div(given, wanted, reduction="none", log_target=True).sum(dim=-1)
+    if counted is None:
+        return temperature**2 * each.mean()
+    return temperature**2 * each.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def kept_token_mse(student: torch.Tensor, teacher: torch.Tensor, state: TokenState) -> torch.Tensor:
+    """The mean squared error of last states [B, N, D] over what is left of each token: a scalar.
+
+    Args:
+        state: the student's, after its last layer, with positions followed. DynamicViT, NeurIPS 2021.
+    """
+    left = state.weights.gather(1, state.carrier.clamp(min=0)).masked_fill(state.carrier < 0, 0.0)  # [B, N]
+    errors = (student.float() - teacher.detach().float()).square().mean(dim=-1)
+    return (left * errors).sum() / left.sum().clamp(min=1e-6)
+
+
+def check_teacher(student: Any, teacher: Any) -> None:
+    """Raises a ValueError where the teacher's labels or vocabulary are not the student's.
+
+    student, teacher: model configs.
+    """
+    for name in ("num_labels", "vocab_size"):
+        ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
+        if ours != theirs:
+            raise ValueError(f"the teacher's {name} ({theirs!r}) must be the student's ({ours!r})")

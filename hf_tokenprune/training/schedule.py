@@ -1,0 +1,98 @@
+"""What changes in a pruning while a model trains. Everything follows from the step, so that a resumed run goes on."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..modeling.modeling_tokenprune import Prunable
+
+
+def pruned_model(model: nn.Module) -> Prunable:
+    """Our model inside what wraps it (adapters, data parallelism, compilation).
+
+    Raises:
+        TypeError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, Prunable):
+            return module
+    raise TypeError(f"{type(model).__name__} is not a token pruning model; prune(model, ...) makes it one")
+
+
+class KeepRateWarmup(TrainerCallback):
+    """From nothing pruned to the model's own pruning between two points of training, along half a cosine.
+
+    Args:
+        start, end: shares of all optimiser steps, 0 <= start < end <= 1.
+    """
+
+    def __init__(self, start: float, end: float):
+        if not 0.0 <= start < end <= 1.0:
+            raise ValueError(f"start ({start!r}) and end ({end!r}) must be 0 <= start < end <= 1")
+        self.start, self.end = start, end
+        self.target = None
+
+    def progress(self, share: float) -> float:
+        """How much is pruned, in [0, 1], after this share of training."""
+        passed = min(max((share - self.start) / (self.end - self.start), 0.0), 1.0)
+        return 0.5 * (1.0 - math.cos(math.pi * passed))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self.target = pruned_model(model).config.pruning
+        if self.target is None:
+            raise ValueError("pruning (None) must be set to be warmed up to: model.set_pruning(...)")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        ours = pruned_model(model)
+        longest = ours.base_model.longest_input
+        ours.set_pruning(self.target.eased(self.progress(state.global_step / state.max_steps), longest))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        pruned_model(model).set_pruning(self.target)
+
+
+class SoftToHard(TrainerCallback):
+    """An objective's two phases in one run: masks first, then removal with what they learned.
+
+    In the soft phase the temperature falls geometrically and a budget's target linearly from 1.
+
+    Args:
+        soft_share: of all optimiser steps.
+        budget_warmup: of the soft phase.
+        final_temperature: at its end; None: the temperature stays.
+    """
+
+    def __init__(self, soft_share: float, budget_warmup: float, final_temperature: float | None):
+        self.soft_share, self.budget_warmup, self.final_temperature = soft_share, budget_warmup, final_temperature
+        self.target = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self.target = pruned_model(model).config.pruning.objective
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        ours, target = pruned_model(model), self.target
+        passed = state.global_step / max(self.soft_share * state.max_steps, 1e-9)
+        if passed >= 1.0:
+            objective = replace(target, phase="hard")
+        else:
+            final = target.temperature if self.final_temperature is None else self.final_temperature
+            temperature = target.temperature * (final / target.temperature) ** passed
+            objective = replace(target, phase="soft", temperature=temperature)
+            if target.target_macs is not None:
+                warm = min(passed / self.budget_warmup, 1.0) if self.budget_warmup else 1.0
+                objective = replace(objective, target_macs=1.0 - (1.0 - target.target_macs) * warm)
+        if objective != ours.config.pruning.objective:
+            ours.set_pruning(replace(ours.config.pruning, objective=objective))

@@ -1,0 +1,267 @@
+"""`TokenPruneTrainer`: the stock `Trainer` with distillation, schedules, and a log of what was pruned."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from ..convert import prune
+from ..modeling.modeling_tokenprune import PRUNER_MODULES
+from ..modeling.pruning_config import PruningConfig
+from ..modeling.token_macs import call_macs, unpruned_macs
+from ..modeling.token_outputs import EncoderCall
+from .arguments import TokenPruneTrainingArguments
+from .budget import thresholds_for_budget
+from .distillation import check_teacher, kept_token_mse, kl_to_teacher
+from .schedule import KeepRateWarmup, SoftToHard, pruned_model
+from .work_log import WorkLog
+
+
+class TokenPruneTrainer(Trainer):
+    """The stock `Trainer`, for our models.
+
+    Modifications:
+        - The loss has the distillation terms, and in a sandwich those of several budgets.
+        - The pruner's parameters have a learning rate of their own, and no weight decay.
+        - Callbacks follow from the arguments: keep-rate warm-up, soft to hard.
+        - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio.
+        - Logs carry the MAC ratio and the alive tokens of each site.
+        - After training with an objective, what was learned is in the config.
+        - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
+
+    Args:
+        teacher: an unpruned model for the distillation terms, native or ours; it is put in evaluation mode.
+
+    Raises:
+        TypeError: a model that is not ours.
+        ValueError: a teacher with other labels or another vocabulary, distillation without a teacher, a sandwich
+            without budgets.
+    """
+
+    args: TokenPruneTrainingArguments
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.pruned = pruned_model(self.model)
+        self.teacher = None if teacher is None else self._prepared(teacher)
+        self._check_arguments()
+        self.work = WorkLog()
+        self._evaluated: list[torch.Tensor] | None = None
+        self.data_collator = _CheckedLabels(self.data_collator, self.label_names, self.pruned.config)
+        self._add_schedules()
+
+    def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """Unpruned and in evaluation mode; a copy where the student has the same parameters, as `prune` makes it."""
+        check_teacher(self.pruned.config, teacher.config)
+        teacher = prune(teacher, None)
+        trained = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) in trained for parameter in teacher.parameters()):
+            teacher = copy.deepcopy(teacher)
+        return teacher.to(self.args.device).eval()
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        if self.teacher is None and (args.distillation_weight or args.token_distillation_weight):
+            raise ValueError(
+                f"distillation_weight ({args.distillation_weight}) and token_distillation_weight "
+                f"({args.token_distillation_weight}) must be 0 without a teacher"
+            )
+        pruning = self.pruned.config.pruning
+        if args.sandwich_samples and (pruning is None or not pruning.budgets):
+            raise ValueError(f"sandwich_samples ({args.sandwich_samples}) needs a pruning with budgets")
+
+    def _add_schedules(self) -> None:
+        args, pruning = self.args, self.pruned.config.pruning
+        self._warmup = None
+        if args.keep_rate_warmup_end:
+            self._warmup = KeepRateWarmup(args.keep_rate_warmup_start, args.keep_rate_warmup_end)
+            self.add_callback(self._warmup)
+        if pruning is not None and pruning.objective is not None:
+            self.add_callback(SoftToHard(args.soft_share, args.budget_warmup, args.final_temperature))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.pruner_learning_rate
+        own = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and any(part in PRUNER_MODULES for part in name.split("."))
+        }
+        if not fresh or rate is None or not own:
+            return optimizer
+        moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+        optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        pruning = self.pruned.config.pruning
+        target = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
+        self.pruned.settle_pruning()
+        if target is not None and self.args.budget_samples:
+            self.pruned.set_pruning(thresholds_for_budget(self.pruned.config.pruning, target, self._ratio_at))
+        return result
+
+    @torch.no_grad()
+    def _ratio_at(self, pruning: PruningConfig) -> float:
+        """The MAC ratio of some training inputs, the same in every process."""
+        self.pruned.set_pruning(pruning)
+        self.model.eval()
+        costs, samples = torch.zeros(2, dtype=torch.double, device=self.args.device), 0
+        for inputs in self.get_train_dataloader():
+            inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k not in self.label_names}
+            call = EncoderCall(work=True)
+            self.pruned(**inputs, encoder_call=call)
+            macs, whole = call_macs(call, self.pruned.config), unpruned_macs(call, self.pruned.config)
+            costs += torch.stack([macs.sum(), whole.sum()])
+            samples += whole.shape[1] * self.args.world_size
+            if samples >= self.args.budget_samples:
+                break
+        macs, whole = self.accelerator.reduce(costs, "sum").tolist()
+        return macs / whole
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            call = EncoderCall(work=True)
+            result = super().compute_loss(model, {**inputs, "encoder_call": call}, return_outputs, num_items_in_batch)
+            self._note_evaluated(call)
+            return result
+        loss, outputs = self._sandwich(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"loss ({loss.item()}) at step {self.state.global_step} must be finite: a lower learning rate, or "
+                "other data; the checkpoints that were saved are as they were"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _sandwich(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[torch.Tensor, Any]:
+        """The loss at the current pruning; in a sandwich unpruned, and at the smallest and random budgets the KL to
+        that (Length-Adaptive Transformer, ACL 2021)."""
+        if not self.args.sandwich_samples:
+            return self._student_loss(model, inputs, items)
+        pruning, budgets = self.pruned.config.pruning, self.pruned.config.pruning.budgets
+        chance = random.Random(f"{self.args.seed}/{self.state.global_step}")
+        sampled = [chance.uniform(budgets[0][0], budgets[-1][0]) for _ in range(self.args.sandwich_samples)]
+        try:
+            self.pruned.set_pruning(pruning.eased(0.0, self.pruned.base_model.longest_input))
+            loss, whole = self._student_loss(model, inputs, items)
+            unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
+            for macs in (budgets[0][0], *sampled):
+                self.pruned.set_pruning(pruning.at_budget(macs))
+                call = EncoderCall(work=True)
+                logits = model(**unlabelled, encoder_call=call)["logits"]
+                loss = loss + kl_to_teacher(
+                    logits, whole["logits"], self.args.distillation_temperature, self._counted(inputs, logits)
+                )
+                self.work.add(call, self.pruned.config)
+        finally:
+            self.pruned.set_pruning(pruning)
+        return loss, whole
+
+    def _student_loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[torch.Tensor, Any]:
+        args, tokens = self.args, bool(self.args.token_distillation_weight)
+        call = EncoderCall(work=True, trace=tokens)
+        extra = {"encoder_call": call} | ({"output_hidden_states": True} if tokens else {})
+        loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, items)
+        if outputs.get("loss") is None:  # a loss of the Trainer's own knows nothing of the pruning's
+            more = self.pruned.base_model.pruning_loss(call)
+            loss = loss if more is None else loss + more
+        if not self.args.sandwich_samples:
+            self.work.add(call, self.pruned.config)
+        if not args.distillation_weight and not tokens:
+            return loss, outputs
+        unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
+        with torch.no_grad():
+            taught = self.teacher(**unlabelled, output_hidden_states=tokens)
+        if args.distillation_weight:
+            counted = self._counted(inputs, outputs["logits"])
+            loss = loss + args.distillation_weight * kl_to_teacher(
+                outputs["logits"], taught["logits"], args.distillation_temperature, counted
+            )
+        if tokens:
+            mse = kept_token_mse(outputs["hidden_states"][-1], taught["hidden_states"][-1], call.end)
+            loss = loss + args.token_distillation_weight * mse
+        return loss, outputs
+
+    def _counted(self, inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens have logits that count; None: logits are of samples."""
+        if logits.dim() == 2:
+            return None
+        mask = inputs.get("attention_mask")
+        return torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask.bool()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.work.take()
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _fully_pruned(self) -> Iterator[None]:
+        """The pruning that a warm-up leads to, wherever it stands."""
+        current = self.pruned.config.pruning
+        target = None if self._warmup is None else self._warmup.target
+        if target is None or not self.is_in_train:
+            yield
+            return
+        self.pruned.set_pruning(target)
+        try:
+            yield
+        finally:
+            self.pruned.set_pruning(current)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._evaluated = []
+        try:
+            with self._fully_pruned():
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            costs = self._evaluated
+        finally:
+            self._evaluated = None
+        if costs:
+            macs, whole = torch.cat(costs).sum(dim=0).tolist()
+            output.metrics[f"{metric_key_prefix}_mac_ratio"] = macs / whole
+        return output
+
+    def _note_evaluated(self, call: EncoderCall) -> None:
+        if self._evaluated is None:
+            return
+        config = self.pruned.config
+        costs = torch.stack([call_macs(call, config).sum(dim=0), unpruned_macs(call, config).sum(dim=0)], dim=1)
+        self._evaluated.append(self.gather_function(costs.double()).cpu())
+
+    def pruning(self) -> PruningConfig | None:
+        """The model's pruning with what was learned so far."""
+        return self.pruned.base_model.learned_pruning()
+
+
+class _CheckedLabels:
+    """A collator whose class labels are in range: on an accelerator the loss would fail without a word."""
+
+    def __init__(self, collate: Callable, names: list[str], config: Any):
+        self.collate, self.names, self.config = collate, names, config
+
+    def __call__(self, rows: list) -> dict[str, Any]:
+        batch = self.collate(rows)
+        for name in self.names:
+            labels = batch.get(name)
+            if not isinstance(labels, torch.Tensor) or labels.dtype != torch.long or not labels.numel():
+                continue
+            low, high = labels[labels != -100].aminmax() if (labels != -100).any() else (0, 0)
+            if low < 0 or high >= self.config.num_labels:
+                wrong = int(low if low < 0 else high)
+                raise ValueError(f"label ({wrong}) must be in [0, {self.config.num_labels - 1}]: num_labels says so")
+        return batch

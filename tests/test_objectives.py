@@ -1,0 +1,300 @@
+"""Objectives: masks and penalties against naive versions, values and gradients; the soft and the hard model agree."""
+
+import copy
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from methods import pruned
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_tokenprune import PruningConfig, prune
+from hf_tokenprune.modeling.modeling_tokenprune import PRUNER_MODULES
+from hf_tokenprune.modeling.pruning_objective import Objective
+from hf_tokenprune.modeling.soft_pruning import BudgetMultipliers, expected_ratio
+from hf_tokenprune.modeling.token_outputs import EncoderCall
+
+
+TEXT = next(param.values[0] for param in tiny.HEADS if param.id == "BertForSequenceClassification")
+PRUNINGS = {
+    "ltp": {"preset": "ltp", "thresholds": [0.0, 0.03, 0.04, 0.0], "objective": {"name": "ltp", "temperature": 0.01}},
+    "budget": {
+        "preset": "adaptive",
+        "layers": [1, 2],
+        "threshold": [0.6, 0.8],
+        "objective": {"name": "budget", "target_macs": 0.5},
+    },
+    "power_bert": {"preset": "power_bert", "retention": [20, 15, 10, 5], "objective": "power_bert"},
+    "dynamicvit": {"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.6},
+}
+every = pytest.mark.parametrize("name", PRUNINGS)
+
+
+def soft_model(case: tiny.Case, pruning: Any, seed: int = 0) -> PreTrainedModel:
+    """Without dropout, in training mode, and in float64, so that gradients can be compared."""
+    config = copy.deepcopy(case.config)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return pruned(tiny.build(tiny.Case(case.native, config), seed=seed), pruning).double().train()
+
+
+def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -> tuple[torch.Tensor, list]:
+    """One unpadded sample through a BERT classifier in its soft phase, from the equations; and the weights of its
+    tokens after each site."""
+    bert, pruning = model.bert, model.config.pruning
+    objective = pruning.objective
+    x = bert.embeddings(input_ids=ids[None])[0]
+    weight, seen = torch.ones(len(ids), dtype=x.dtype), []
+    for index, layer in enumerate(bert.encoder.layer):
+        site = pruning.sites.get(index)
+        site = None if site is None or site.idle or index == len(bert.encoder.layer) - 1 else site
+        if site is not None and site.place == "before":
+            stays = layer.token_predictor.in_conv(x)
+            own, shared = stays.chunk(2, dim=1)
+            counted = weight.clone()
+            counted[0] = 0.0
+            mean = (shared * counted[:, None]).sum(dim=0) / counted.sum().clamp(min=1)
+            choice = layer.token_predictor.out_conv(torch.cat([own, mean.expand_as(shared)], dim=1))
+            mask = drawn(choice)
+            weight = weight * torch.cat([torch.ones(1, dtype=x.dtype), mask[1:]])
+            seen.append((site, weight))
+        q, k, v = (f(x).view(len(ids), 4, -1).transpose(0, 1) for f in (layer.query, layer.key, layer.value))
+        logits = q @ k.mT / q.shape[-1] ** 0.5
+        if not objective.method.on_hidden:
+            logits = logits + (weight + 1e-8).log()
+        maps = logits.softmax(dim=-1)
+        before = x
+        x = layer.attention.output((maps @ v).transpose(0, 1).flatten(1), x)
+        if site is not None and site.place == "between":
+            mean = maps.mean(dim=0)
+            module = layer.token_mask
+            if site.rule == "keep_count":
+                score = mean.sum(dim=0) - mean.diagonal()
+                order = [0, *(1 + score[1:].argsort(descending=True)).tolist()]
+                mask = torch.empty_like(score)
+                mask[order] = module.share[: len(ids)].to(x.dtype)
+            elif site.rule == "threshold":
+                score = (mean * weight[:, None]).sum(dim=0) / weight.sum()
+                mask = torch.sigmoid((score - module.log_threshold.exp()) / objective.temperature)
+            else:
+                score = mean[0] * weight.sum()
+                mask = torch.sigmoid((score.log() - module.log_threshold) / objective.temperature)
+            mask = torch.cat([torch.ones(1, dtype=x.dtype), mask[1:]])
+            weight = weight * mask
+            x = x * mask[:, None] if objective.method.on_hidden else x
+            seen.append((site, weight))
+        assert before.shape == x.shape
+        x = layer.feed_forward_block(x[None])[0]
+    return model.classifier(bert.pooler(x[None])), seen
+
+
+def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
+    objective, layers = model.config.pruning.objective, model.bert.encoder.layer
+    if objective.name == "power_bert":
+        return objective.penalty * sum((s.layer + 1) * layers[s.layer].token_mask.share.sum() for s, _ in seen[0])
+    if objective.name == "ltp":
+        return objective.penalty * torch.stack([w.mean() for sample in seen for _, w in sample]).mean()
+    if objective.name == "dynamicvit":
+        misses = [(w[1:].mean() - 0.6 ** (i + 1)) ** 2 for sample in seen for i, (_, w) in enumerate(sample)]
+        return objective.penalty * torch.stack(misses).mean()
+    cost = whole = 0.0
+    for sample in seen:
+        tokens = torch.tensor(float(len(sample[0][1])), dtype=torch.double)
+        n = [tokens, tokens, sample[0][1].sum(), sample[1][1].sum()]
+        left = [tokens, sample[0][1].sum(), sample[1][1].sum(), torch.tensor(1.0)]
+        for index, (keys, rest) in enumerate(zip(n, left)):
+            first = float(index in (1, 2))  # the class token's query comes before the survivors'
+            cost = cost + keys * (2 * 32 * 32 + first * 32) + (2 * rest + first) * 32 * 32
+            cost = cost + 2 * rest * keys * 32 + rest * 2 * 32 * 64
+            whole = whole + 4 * tokens * 32 * 32 + 2 * tokens**2 * 32 + tokens * 2 * 32 * 64
+    excess = cost / whole - objective.target_macs
+    return model.bert.token_budget.linear * excess + model.bert.token_budget.quadratic * excess**2
+
+
+@pytest.mark.parametrize("execution", tiny.EXECUTIONS)
+@every
+def test_loss_and_gradients_are_the_naive_ones(name, execution, monkeypatch):
+    pruning = PruningConfig.coerce({**PRUNINGS[name], "execution": execution}, tiny.LAYERS)
+    model = soft_model(TEXT, pruning)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "token_budget" in parameter_name:
+                parameter.fill_(0.7)
+            if parameter_name.endswith("share"):
+                parameter.copy_(torch.linspace(0.95, 0.05, len(parameter)))
+    # A sharp draw that is the same in any layout.
+    monkeypatch.setattr(F, "gumbel_softmax", lambda x, tau, hard, dim: _straight_through(x / tau))
+    inputs, labels = tiny.text_inputs([17, 9, 23], padding=2), torch.tensor([0, 2, 1])
+    loss = model(**inputs, labels=labels).loss
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
+
+    samples = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    outputs = [naive_logits(model, ids, lambda x: _straight_through(x)[..., 0]) for ids in samples]
+    task = F.cross_entropy(torch.cat([logits for logits, _ in outputs]), labels)
+    expected_loss = task + naive_penalty(model, [seen for _, seen in outputs])
+    expected = torch.autograd.grad(expected_loss, parameters.values(), allow_unused=True)
+
+    assert abs(loss.item() - expected_loss.item()) < 1e-6
+    moved = 0
+    for parameter_name, ours, theirs in zip(parameters, found, expected):
+        if theirs is None:
+            assert ours is None or not ours.any()
+            continue
+        theirs = -theirs if "token_budget" in parameter_name else theirs  # ascent
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=parameter_name)
+        moved += any(part in PRUNER_MODULES for part in parameter_name.split(".")) and bool(theirs.any())
+    assert moved == {"ltp": 2, "budget": 4, "power_bert": 3, "dynamicvit": 20}[name]
+
+
+def _straight_through(x: torch.Tensor) -> torch.Tensor:
+    soft = x.softmax(dim=-1)
+    hard = F.one_hot(x.argmax(dim=-1), 2).to(x.dtype)
+    return hard + soft - soft.detach()
+
+
+@pytest.mark.parametrize("case", tiny.HEADS)
+@pytest.mark.parametrize("name", ["ltp", "budget"])
+def test_the_sharpest_masks_are_removal(case, name):
+    spec = copy.deepcopy(PRUNINGS[name])
+    spec["objective"] = {**spec["objective"], "temperature": 1e-10}
+    model = soft_model(case, PruningConfig.coerce(spec, tiny.LAYERS))
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny.inputs_for(case).items()}
+    for execution in tiny.EXECUTIONS:
+        model.set_pruning(replace(model.config.pruning, execution=execution))
+        works = [EncoderCall(work=True) for _ in range(2)]
+        with torch.no_grad():
+            soft = model.train()(**inputs, output_hidden_states=True)
+            model(**inputs, encoder_call=works[0])
+            hard = model.eval()(**inputs, output_hidden_states=True)
+            model(**inputs, encoder_call=works[1])
+        for a, b in zip((soft.logits, *soft.hidden_states), (hard.logits, *hard.hidden_states)):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        ratios = [expected_ratio(call, model.config) for call in works]
+        assert works[0].softened and ratios[1] < 0.99
+        torch.testing.assert_close(*(ratio.double() for ratio in ratios), rtol=0, atol=1e-5)
+
+
+@every
+def test_a_soft_checkpoint_goes_on_where_it_was_and_settles(name, tmp_path):
+    model = soft_model(TEXT, PruningConfig.coerce(PRUNINGS[name], tiny.LAYERS)).float()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("log_threshold"):
+                parameter.add_(0.25)
+            if parameter_name.endswith("share"):
+                parameter.copy_(torch.linspace(0.9, -0.1, len(parameter)))
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.config.pruning == model.config.pruning
+    inputs = tiny.inputs_for(TEXT)
+    with torch.no_grad():
+        learned = model.eval()(**inputs).logits
+        torch.testing.assert_close(again.eval()(**inputs).logits, learned)
+    again.settle_pruning()
+    assert again.config.pruning.objective is None
+    assert not any("token_mask" in key or "token_budget" in key for key in again.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, learned)
+    if name != "dynamicvit":
+        assert again.config.pruning.values != model.config.pruning.values
+
+
+def test_a_stock_checkpoint_gets_masks_at_their_start(tmp_path):
+    tiny.build(TEXT).save_pretrained(tmp_path)
+    pruning = PruningConfig.coerce(PRUNINGS["budget"], tiny.LAYERS)
+    loaded = type(prune(tiny.build(TEXT), None)).from_pretrained(tmp_path, pruning=pruning)
+    assert loaded.base_model.learned_pruning().values == pytest.approx(pruning.values)
+    assert loaded.bert.token_budget.linear.item() == 0.0
+
+
+def test_multipliers_ascend_under_descent():
+    multipliers = BudgetMultipliers()
+    cost = torch.tensor(0.8, requires_grad=True)
+    optimizer = torch.optim.SGD([*multipliers.parameters()], lr=1.0)
+    loss = multipliers(cost - 0.5)
+    assert loss.item() == 0.0
+    loss.backward()
+    optimizer.step()
+    assert multipliers.linear.item() == pytest.approx(0.3)
+    assert multipliers.quadratic.item() == pytest.approx(0.09)
+    cost.grad = None
+    multipliers(cost - 0.5).backward()
+    assert cost.grad.item() == pytest.approx(0.3 + 2 * 0.09 * 0.3)
+
+
+def test_reentrant_checkpointing_is_refused_in_the_soft_phase():
+    model = soft_model(TEXT, PruningConfig.coerce(PRUNINGS["budget"], tiny.LAYERS)).float()
+    inputs = {**tiny.inputs_for(TEXT), "labels": torch.tensor([0, 1, 2, 0])}
+    plain = model(**inputs).loss
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = model(**inputs).loss
+    torch.testing.assert_close(again, plain)
+    again.backward()
+    assert model.bert.encoder.layer[1].token_mask.log_threshold.grad is not None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"use_reentrant \(True\) must be False"):
+        model(**inputs)
+
+
+BAD = [
+    ({"name": "lagrange"}, "unknown objective 'lagrange'"),
+    ({"name": "budget"}, r"target_macs \(None\) must be given"),
+    ({"name": "ltp", "target_macs": 0.5}, r"target_macs \(0.5\) must be given with objective 'budget'"),
+    ({"name": "budget", "target_macs": 1.5}, r"target_macs \(1.5\) must be in \(0, 1\]"),
+    ({"name": "ltp", "temperature": 0}, r"temperature \(0.0\) must be > 0"),
+    ({"name": "ltp", "penalty": -1}, r"penalty \(-1.0\) must be >= 0"),
+    ({"name": "ltp", "phase": "warm"}, "unknown phase 'warm'"),
+    ({"name": "ltp", "weight": 1}, "unknown field 'weight'"),
+    ({"name": "dynamicvit"}, "objective 'dynamicvit' trains stages with rule 'keep_rate'"),
+    (3, r"objective \(3\) must be an Objective"),
+]
+
+
+@pytest.mark.parametrize("objective, message", BAD)
+def test_bad_objectives_are_refused(objective, message):
+    with pytest.raises(ValueError, match=message):
+        PruningConfig.preset("adaptive", layers=[1], threshold=0.5, objective=objective)
+
+
+def test_an_objective_survives_json():
+    pruning = PruningConfig.coerce(PRUNINGS["budget"], tiny.LAYERS)
+    assert PruningConfig.from_dict(pruning.to_dict()) == pruning
+    assert Objective.coerce(asdict(pruning.objective)) == pruning.objective
+
+
+BUDGETS = [[0.3, [0.4, 0.16]], [0.6, [0.7, 0.5]], [0.9, [1.0, 1.0]]]
+
+
+def test_one_checkpoint_many_budgets(tmp_path):
+    pruning = PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.4, budgets=BUDGETS)
+    model = prune(tiny.build(TEXT), pruning)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for macs, values in [(0.3, (0.4, 0.16)), (0.45, (0.55, 0.33)), (0.9, (1.0, 1.0)), (1.0, (1.0, 1.0))]:
+        again.set_budget(macs)
+        assert again.config.pruning.values == pytest.approx(values)
+    for wrong in (0.29, 1.01, "half"):
+        with pytest.raises(ValueError, match="budget"):
+            again.set_budget(wrong)
+    assert again.config.pruning.values == (1.0, 1.0)
+    again.set_pruning(None)
+    with pytest.raises(ValueError, match=r"budget \(0.5\) needs a pruning with budgets"):
+        again.set_budget(0.5)
+
+
+@pytest.mark.parametrize(
+    "budgets, message",
+    [
+        ([[0.6, [0.5, 0.2]], [0.3, [0.4, 0.1]]], "must rise"),
+        ([[0.6, [0.5]]], "must be one per site"),
+        ([[0.6]], "must be pairs"),
+        ([[0.6, [1.5, 0.2]]], r"keep_rate \(1.5\) must be in"),
+    ],
+)
+def test_bad_budgets_are_refused(budgets, message):
+    with pytest.raises(ValueError, match=message):
+        PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.4, budgets=budgets)
