@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainer, TokenPruneTrainingArguments, count_macs, prune
 from hf_tokenprune.modeling.token_outputs import EncoderCall
-from hf_tokenprune.training.budget import thresholds_for_budget
+from hf_tokenprune.training.budget import check_reach, thresholds_for_budget
 from hf_tokenprune.training.distillation import kept_token_mse, kl_to_teacher
 from hf_tokenprune.training.schedule import KeepRateWarmup
 
@@ -254,8 +254,16 @@ def test_thresholds_move_together_to_the_budget():
     found = thresholds_for_budget(pruning, 0.5, ratio_at)
     assert found.values[0] == pytest.approx(1.0, abs=0.02)
     assert found.values[1] == pytest.approx(2 * found.values[0])
-    with pytest.raises(ValueError, match=r"target_macs \(0.01\) must be in reach"):
-        thresholds_for_budget(pruning, 0.01, ratio_at)
+    with pytest.raises(ValueError, match=r"target_macs \(1e-09\) must be at least 0.000"):
+        check_reach(pruning, 1e-9, ratio_at)
+
+
+def test_a_budget_out_of_reach_ends_before_training(tmp_path):
+    wish = {**BUDGET, "objective": {"name": "budget", "target_macs": 0.1}}
+    trainer = trainer_for(wish, tmp_path)
+    with pytest.raises(ValueError, match=r"target_macs \(0.1\) must be at least 0\.\d+.*layers \[1, 2\]"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_kept_tokens_alone_are_compared():

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import call_macs, unpruned_macs
 from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
-from .budget import thresholds_for_budget
+from .budget import check_reach, thresholds_for_budget
 from .distillation import check_teacher, kept_token_mse, kl_to_teacher
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
 from .work_log import WorkLog
@@ -102,31 +103,47 @@ class TokenPruneTrainer(Trainer):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
         pruning = self.pruned.config.pruning
         target = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
+        measure = self._ratios(self._some_inputs()) if target is not None and self.args.budget_samples else None
+        if measure is not None:
+            check_reach(pruning, target, measure)
+            self.pruned.set_pruning(pruning)
+        result = super().train(*args, **kwargs)
         self.pruned.settle_pruning()
-        if target is not None and self.args.budget_samples:
-            self.pruned.set_pruning(thresholds_for_budget(self.pruned.config.pruning, target, self._ratio_at))
+        if measure is not None:
+            self.pruned.set_pruning(thresholds_for_budget(self.pruned.config.pruning, target, measure))
         return result
 
-    @torch.no_grad()
-    def _ratio_at(self, pruning: PruningConfig) -> float:
-        """The MAC ratio of some training inputs, the same in every process."""
-        self.pruned.set_pruning(pruning)
-        self.model.eval()
-        costs, samples = torch.zeros(2, dtype=torch.double, device=self.args.device), 0
-        for inputs in self.get_train_dataloader():
-            inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k not in self.label_names}
-            call = EncoderCall(work=True)
-            self.pruned(**inputs, encoder_call=call)
-            macs, whole = call_macs(call, self.pruned.config), unpruned_macs(call, self.pruned.config)
-            costs += torch.stack([macs.sum(), whole.sum()])
-            samples += whole.shape[1] * self.args.world_size
-            if samples >= self.args.budget_samples:
-                break
-        macs, whole = self.accelerator.reduce(costs, "sum").tolist()
-        return macs / whole
+    def _some_inputs(self) -> list[dict[str, Any]]:
+        """The same training inputs at every start, this process's share of `budget_samples`."""
+        data, count, size = self.train_dataset, self.args.budget_samples, self.args.per_device_eval_batch_size
+        if hasattr(data, "__len__"):
+            rows = [data[i] for i in random.Random(self.args.seed).sample(range(len(data)), min(count, len(data)))]
+        else:
+            rows = list(islice(data, count))
+        rows = rows[self.args.process_index :: self.args.world_size]
+        batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+        collate = self._get_collator_with_removed_columns(self.data_collator, "budget")
+        return [{k: v for k, v in collate(batch).items() if k not in self.label_names} for batch in batches]
+
+    def _ratios(self, batches: list[dict[str, Any]]) -> Callable[[PruningConfig], float]:
+        """Measures a pruning's MAC ratio on all processes' inputs."""
+
+        @torch.no_grad()
+        def measure(pruning: PruningConfig) -> float:
+            self.pruned.set_pruning(pruning)
+            self.pruned.to(self.args.device).eval()
+            costs = torch.zeros(2, dtype=torch.double, device=self.args.device)
+            for batch in batches:
+                call = EncoderCall(work=True)
+                self.pruned(**self._prepare_inputs(batch), encoder_call=call)
+                macs, whole = call_macs(call, self.pruned.config), unpruned_macs(call, self.pruned.config)
+                costs += torch.stack([macs.sum(), whole.sum()])
+            macs, whole = self.accelerator.reduce(costs, "sum").tolist()
+            return macs / whole
+
+        return measure
 
     def compute_loss(
         self,
