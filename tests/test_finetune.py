@@ -1,0 +1,135 @@
+"""`run_finetune.py` as a user runs it: from a file, killed and gone on with, and with mistakes."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_tokenprune import PruningConfig
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "run_finetune.py"
+PRUNING = {"preset": "adaptive", "layers": [1, 2], "threshold": 0.5}
+PRUNING["objective"] = {"name": "budget", "target_macs": 0.65}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its tokenizer, and texts whose class is in one word."""
+    folder = tmp_path_factory.mktemp("room")
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny.BERT).save_pretrained(folder / "model")
+    words = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(4, 50))])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder / "model")
+    chance, rows = random.Random(0), []
+    for index in range(120):
+        text = [f"w{chance.randrange(10, 50)}" for _ in range(chance.randrange(3, 28))]
+        text[chance.randrange(len(text))] = f"w{4 + index % 3}"
+        rows.append(json.dumps({"text": " ".join(text), "label": "abc"[index % 3]}) + "\n")
+    (folder / "data.jsonl").write_text("".join(rows))
+    return folder
+
+
+def recipe(room: Path, output: Path, **changes: Any) -> Path:
+    given = {
+        "model_name_or_path": str(room / "model"),
+        "dataset_name": str(room / "data.jsonl"),
+        "output_dir": str(output),
+        "pruning": json.dumps(PRUNING),
+        "max_steps": 24,
+        "per_device_train_batch_size": 8,
+        "pruner_learning_rate": 0.1,
+        "learning_rate": 1e-3,
+        "final_temperature": 0.05,
+        "save_strategy": "steps",
+        "save_steps": 8,
+        "logging_steps": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(given | changes))
+    return path
+
+
+def run(path: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def straight(room: Path) -> Path:
+    done = run(recipe(room, room / "straight"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "at a MAC ratio of 0." in done.stdout
+    return room / "straight"
+
+
+def test_the_report_says_what_was_measured(straight):
+    report = json.loads((straight / "report.json").read_text())
+    right = [a == b for a, b in zip(report["predicted"], report["labels"], strict=True)]
+    assert len(right) == 24 and report["test"]["test_accuracy"] == pytest.approx(sum(right) / 24)
+    assert report["test"]["test_mac_ratio"] == pytest.approx(0.65, abs=0.05)  # 24 texts of their own
+    assert {"torch", "transformers", "processor"} <= set(report["machine"])
+    pruning = PruningConfig.from_dict(report["pruning"])
+    assert pruning.objective is None and pruning.protected_token_ids == (3,)
+    saved = json.loads((straight / "model" / "config.json").read_text())
+    assert saved["pruning"] == report["pruning"]
+    assert not any("token_mask" in name for name in load_file(straight / "model" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("step", [8, 16])  # in the soft and in the hard phase
+def test_killed_and_gone_on_with(room, straight, step, tmp_path):
+    path = recipe(room, tmp_path / "killed")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    mark, end = tmp_path / "killed" / f"checkpoint-{step}" / "trainer_state.json", time.monotonic() + 120
+    while not mark.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert mark.exists()
+    done = run(path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights, expected = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / "killed", straight))
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+    pruning = [json.loads((f / "report.json").read_text())["pruning"] for f in (tmp_path / "killed", straight)]
+    assert pruning[0]["stages"][0]["values"] == pytest.approx(pruning[1]["stages"][0]["values"], abs=1e-6)
+
+
+MISTAKES = {
+    "pruning": ({"pruning": "top_q"}, "unknown preset 'top_q'"),
+    "budget": ({"pruning": json.dumps({**PRUNING, "objective": {"name": "budget", "target_macs": 0.01}})}, "at least"),
+    "samples": ({"max_test_samples": 0}, "max_test_samples (0) must be >= 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_one_sentence(room, mistake, tmp_path):
+    changes, words = MISTAKES[mistake]
+    done = run(recipe(room, tmp_path / "wrong", **changes))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and words in last and "Traceback" not in done.stderr, done.stderr[-2000:]
