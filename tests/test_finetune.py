@@ -102,7 +102,7 @@ def test_the_report_says_what_was_measured(straight):
 def test_killed_and_gone_on_with(room, straight, step, tmp_path):
     path = recipe(room, tmp_path / "killed")
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, str(SCRIPT), str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     mark, end = tmp_path / "killed" / f"checkpoint-{step}" / "trainer_state.json", time.monotonic() + 120
     while not mark.exists() and process.poll() is None and time.monotonic() < end:
