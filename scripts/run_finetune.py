@@ -10,7 +10,6 @@ model and `report.json`: the metrics, what each test document was taken for, and
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,13 +21,13 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_tokenprune import TokenPruneTrainer, TokenPruneTrainingArguments, packaged, prune
+from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.metrics import Accuracy
 from hf_tokenprune.profiling.machine import describe_machine
@@ -59,13 +58,6 @@ class FinetuneArguments:
     )
 
 
-def parse() -> tuple[FinetuneArguments, TokenPruneTrainingArguments]:
-    parser = HfArgumentParser((FinetuneArguments, TokenPruneTrainingArguments))
-    readers = {".json": parser.parse_json_file, ".yaml": parser.parse_yaml_file, ".yml": parser.parse_yaml_file}
-    suffix = Path(sys.argv[1]).suffix if len(sys.argv) == 2 else None
-    return readers[suffix](sys.argv[1]) if suffix in readers else parser.parse_args_into_dataclasses()
-
-
 def load_splits(arguments: FinetuneArguments, seed: int) -> datasets.DatasetDict:
     splits = load_text_classification(
         arguments.dataset_name,
@@ -80,24 +72,13 @@ def load_splits(arguments: FinetuneArguments, seed: int) -> datasets.DatasetDict
     return splits
 
 
-def load_classifier(name: str, labels: list[str]) -> PreTrainedModel:
-    path = packaged.model_path(name) if name in packaged.available_models() else name
+def load_classifier(source: str | Path, labels: list[str]) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(
-        path,
+        source,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         ignore_mismatched_sizes=True,
     )
-
-
-def wanted_pruning(text: str | None, separator: int | None) -> dict | None:
-    """The pruning as asked for, with the separator protected where nothing else is said."""
-    if text is None:
-        return None
-    wish = json.loads(text) if text.lstrip().startswith("{") else {"preset": text}
-    if separator is not None:
-        wish.setdefault("protected_token_ids", [separator])
-    return wish
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -107,17 +88,16 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> TokenPruneTrainer:
     set_seed(training.seed)
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
-    path = arguments.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(
-        packaged.model_path(path) if path in packaged.available_models() else path
-    )
+    source = model_source(arguments.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     splits = load_splits(arguments, training.seed)
     labels = splits["train"].features["label"].names
-    model = load_classifier(path, labels)
+    model = load_classifier(source, labels)
+    pruning = None if arguments.pruning is None else written_pruning(arguments.pruning, tokenizer)
     teacher = arguments.teacher_name_or_path
     splits = tokenize(splits, tokenizer, arguments.max_length)
     return TokenPruneTrainer(
-        prune(model, wanted_pruning(arguments.pruning, tokenizer.sep_token_id)),
+        prune(model, pruning),
         training,
         teacher=None if teacher is None else AutoModelForSequenceClassification.from_pretrained(teacher),
         train_dataset=splits["train"],
@@ -128,11 +108,25 @@ def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArgum
     )
 
 
+def check_same_run(path: Path, asked: dict, last: str | None) -> None:
+    """Writes what is asked for, or raises a ValueError where the checkpoint that is there is of another run."""
+    if last is not None and path.exists():
+        found = json.loads(path.read_text())
+        for name in asked:
+            if found.get(name) != asked[name]:
+                raise ValueError(
+                    f"output_dir ({path.parent}) holds a run with {name} {found.get(name)!r}, now {asked[name]!r} is "
+                    "asked for: go on with the same, or take another output_dir"
+                )
+    write_atomically(path, json.dumps(asked, indent=1).encode())
+
+
 def run(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> dict:
     """Trains, tests, saves; the report."""
-    trainer = make_trainer(arguments, training)
     folder = Path(training.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    check_same_run(folder / "run.json", asdict(arguments) | {"seed": training.seed}, last)
+    trainer = make_trainer(arguments, training)
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
     tested = trainer.predict(trainer.eval_dataset)
     trainer.save_model(str(folder / "model"))
@@ -155,11 +149,13 @@ def run(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> 
 
 def main() -> None:
     try:
-        arguments, training = parse()
+        arguments, training = parse_arguments(FinetuneArguments, TokenPruneTrainingArguments)
         report = run(arguments, training)
     except (packaged.PackagedFileError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     test = report["test"]
+    if training.process_index:
+        return
     print(f"accuracy {test['test_accuracy']:.4f} at a MAC ratio of {test['test_mac_ratio']:.3f}; {training.output_dir}")
 
 

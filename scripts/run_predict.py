@@ -9,34 +9,24 @@ now.
 """
 
 import os
-import sys
-from pathlib import Path
 
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import yaml
 from accelerate import PartialState
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.prediction import PredictionArguments, predict_dataset
-
-
-def parse() -> PredictionArguments:
-    parser = HfArgumentParser(PredictionArguments)
-    readers = {".json": parser.parse_json_file, ".yaml": parser.parse_yaml_file, ".yml": parser.parse_yaml_file}
-    suffix = Path(sys.argv[1]).suffix if len(sys.argv) == 2 else None
-    try:
-        if suffix in readers:
-            return readers[suffix](sys.argv[1])[0]
-        return parser.parse_args_into_dataclasses()[0]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+from hf_tokenprune.prediction.arguments import one_line
 
 
 def main() -> None:
-    arguments = parse()
+    try:
+        (arguments,) = parse_arguments(PredictionArguments)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{type(error).__name__}: {one_line(error)}") from error
     logging.disable_progress_bar()  # one bar per process, for loading weights
     summary = predict_dataset(arguments)
     run, state = summary["this_run"], PartialState()

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from hf_tokenprune import PruningConfig, packaged, prune
+from hf_tokenprune.command_line import model_source, written_pruning
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.hub import run_in_fresh_process
 from hf_tokenprune.metrics import Accuracy, paired_bootstrap
@@ -151,8 +152,7 @@ class Quickstart:
     def prepare(self) -> PreTrainedModel:
         """Loads what was asked for, or ends with one sentence before anything is trained."""
         try:
-            path = self.arguments.model_name_or_path
-            self.model_path = packaged.model_path(path) if path in packaged.available_models() else path
+            self.model_path = model_source(self.arguments.model_name_or_path)
             self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
             self.collator = DataCollatorWithPadding(self.tokenizer)
             self.splits = self.load_data()
@@ -191,11 +191,7 @@ class Quickstart:
 
     def resolve_pruning(self, baseline: PreTrainedModel) -> PruningConfig:
         """The pruning as asked for, with the separator protected; fails here if the model cannot be pruned so."""
-        text = self.arguments.pruning
-        wish = json.loads(text) if text.lstrip().startswith("{") else {"preset": text}
-        if self.tokenizer.sep_token_id is not None:
-            wish.setdefault("protected_token_ids", [self.tokenizer.sep_token_id])
-        return prune(baseline, wish).config.pruning
+        return prune(baseline, written_pruning(self.arguments.pruning, self.tokenizer)).config.pruning
 
     def _training_arguments(self, epochs: float, learning_rate: float) -> TrainingArguments:
         return TrainingArguments(

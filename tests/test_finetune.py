@@ -14,11 +14,6 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_tokenprune import PruningConfig
 
@@ -32,15 +27,7 @@ PRUNING["objective"] = {"name": "budget", "target_macs": 0.65}
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, its tokenizer, and texts whose class is in one word."""
     folder = tmp_path_factory.mktemp("room")
-    torch.manual_seed(0)
-    BertForSequenceClassification(tiny.BERT).save_pretrained(folder / "model")
-    words = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(4, 50))])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder / "model")
+    tiny.save_text_model(folder / "model")
     chance, rows = random.Random(0), []
     for index in range(120):
         text = [f"w{chance.randrange(10, 50)}" for _ in range(chance.randrange(3, 28))]
@@ -118,6 +105,11 @@ def test_killed_and_gone_on_with(room, straight, step, tmp_path):
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
     pruning = [json.loads((f / "report.json").read_text())["pruning"] for f in (tmp_path / "killed", straight)]
     assert pruning[0]["stages"][0]["values"] == pytest.approx(pruning[1]["stages"][0]["values"], abs=1e-6)
+
+
+def test_another_run_in_the_same_folder_is_refused(room, straight):
+    done = run(recipe(room, straight, pruning="top_k"))
+    assert done.returncode == 1 and "holds a run with pruning" in done.stderr.strip().splitlines()[-1]
 
 
 MISTAKES = {

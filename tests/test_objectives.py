@@ -27,6 +27,11 @@ PRUNINGS = {
         "threshold": [0.6, 0.8],
         "objective": {"name": "budget", "target_macs": 0.5},
     },
+    "budget_ltp": {
+        "preset": "ltp",
+        "thresholds": [0.0, 0.03, 0.04, 0.0],
+        "objective": {"name": "budget", "target_macs": 0.5},
+    },
     "power_bert": {"preset": "power_bert", "retention": [20, 15, 10, 5], "objective": "power_bert"},
     "dynamicvit": {"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.6},
 }
@@ -65,7 +70,6 @@ def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -
         if not objective.method.on_hidden:
             logits = logits + (weight + 1e-8).log()
         maps = logits.softmax(dim=-1)
-        before = x
         x = layer.attention.output((maps @ v).transpose(0, 1).flatten(1), x)
         if site is not None and site.place == "between":
             mean = maps.mean(dim=0)
@@ -75,17 +79,17 @@ def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -
                 order = [0, *(1 + score[1:].argsort(descending=True)).tolist()]
                 mask = torch.empty_like(score)
                 mask[order] = module.share[: len(ids)].to(x.dtype)
-            elif site.rule == "threshold":
-                score = (mean * weight[:, None]).sum(dim=0) / weight.sum()
-                mask = torch.sigmoid((score - module.log_threshold.exp()) / objective.temperature)
             else:
-                score = mean[0] * weight.sum()
-                mask = torch.sigmoid((score.log() - module.log_threshold) / objective.temperature)
+                received = (mean * weight[:, None]).sum(dim=0) / weight.sum()
+                score = received if site.rule == "threshold" else mean[0] * weight.sum()
+                if objective.name == "ltp":
+                    mask = torch.sigmoid((score - module.log_threshold.exp()) / objective.temperature)
+                else:
+                    mask = torch.sigmoid((score.log() - module.log_threshold) / objective.temperature)
             mask = torch.cat([torch.ones(1, dtype=x.dtype), mask[1:]])
             weight = weight * mask
             x = x * mask[:, None] if objective.method.on_hidden else x
             seen.append((site, weight))
-        assert before.shape == x.shape
         x = layer.feed_forward_block(x[None])[0]
     return model.classifier(bert.pooler(x[None])), seen
 
@@ -105,8 +109,12 @@ def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
         n = [tokens, tokens, sample[0][1].sum(), sample[1][1].sum()]
         left = [tokens, sample[0][1].sum(), sample[1][1].sum(), torch.tensor(1.0)]
         for index, (keys, rest) in enumerate(zip(n, left)):
-            first = float(index in (1, 2))  # the class token's query comes before the survivors'
-            cost = cost + keys * (2 * 32 * 32 + first * 32) + (2 * rest + first) * 32 * 32
+            site = index in (1, 2)
+            row = site and model.config.pruning.sites[index].saliency == "cls_attention"
+            # The class token's query and row of logits, or every query and a map.
+            queries = rest + 1 if row else keys if site else rest
+            cost = cost + (keys * 32 if row else keys**2 * 32 if site else 0)
+            cost = cost + 2 * keys * 32 * 32 + (queries + rest) * 32 * 32
             cost = cost + 2 * rest * keys * 32 + rest * 2 * 32 * 64
             whole = whole + 4 * tokens * 32 * 32 + 2 * tokens**2 * 32 + tokens * 2 * 32 * 64
     excess = cost / whole - objective.target_macs
@@ -146,7 +154,7 @@ def test_loss_and_gradients_are_the_naive_ones(name, execution, monkeypatch):
         theirs = -theirs if "token_budget" in parameter_name else theirs  # ascent
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=parameter_name)
         moved += any(part in PRUNER_MODULES for part in parameter_name.split(".")) and bool(theirs.any())
-    assert moved == {"ltp": 2, "budget": 4, "power_bert": 3, "dynamicvit": 20}[name]
+    assert moved == {"ltp": 2, "budget": 4, "budget_ltp": 4, "power_bert": 3, "dynamicvit": 20}[name]
 
 
 def _straight_through(x: torch.Tensor) -> torch.Tensor:
@@ -156,7 +164,7 @@ def _straight_through(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", tiny.HEADS)
-@pytest.mark.parametrize("name", ["ltp", "budget"])
+@pytest.mark.parametrize("name", ["ltp", "budget", "budget_ltp"])
 def test_the_sharpest_masks_are_removal(case, name):
     spec = copy.deepcopy(PRUNINGS[name])
     spec["objective"] = {**spec["objective"], "temperature": 1e-10}
@@ -226,6 +234,25 @@ def test_multipliers_ascend_under_descent():
     assert cost.grad.item() == pytest.approx(0.3 + 2 * 0.09 * 0.3)
 
 
+def test_votes_of_tokens_that_are_going_do_not_count():
+    """`received_from_others`, the third score that a threshold can be learned for."""
+    stage = {"layers": [0, 1, 2], "saliency": "received_from_others", "rule": "relative_threshold"}
+    stage["values"] = [0.7, 0.8, 0.9]
+    objective = {"name": "budget", "target_macs": 0.5, "temperature": 1e-10}
+    model = soft_model(TEXT, {"stages": [stage], "objective": objective, "format_version": 1})
+    inputs = tiny.inputs_for(TEXT)
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_budgets_of_a_preset_that_awaits_the_depth():
+    given = PruningConfig.preset("length_adaptive", keep_rate=0.5, budgets=[[0.4, [0.8, 0.5, 0.3, 0.2]]])
+    assert PruningConfig.from_dict(given.to_dict()) == given
+    assert given.resolve(4).at_budget(0.4).values == (0.8, 0.5, 0.3, 0.2)
+    with pytest.raises(ValueError, match="there are 5"):
+        given.resolve(5)
+
+
 def test_reentrant_checkpointing_is_refused_in_the_soft_phase():
     model = soft_model(TEXT, PruningConfig.coerce(PRUNINGS["budget"], tiny.LAYERS)).float()
     inputs = {**tiny.inputs_for(TEXT), "labels": torch.tensor([0, 1, 2, 0])}
@@ -246,6 +273,8 @@ BAD = [
     ({"name": "ltp", "target_macs": 0.5}, r"target_macs \(0.5\) must be given with objective 'budget'"),
     ({"name": "budget", "target_macs": 1.5}, r"target_macs \(1.5\) must be in \(0, 1\]"),
     ({"name": "ltp", "temperature": 0}, r"temperature \(0.0\) must be > 0"),
+    ({"name": "budget", "target_macs": 0.5, "penalty": 1.0}, r"penalty \(1.0\) must not be given"),
+    ({"name": "power_bert", "temperature": 1.0}, r"temperature \(1.0\) must not be given"),
     ({"name": "ltp", "penalty": -1}, r"penalty \(-1.0\) must be >= 0"),
     ({"name": "ltp", "phase": "warm"}, "unknown phase 'warm'"),
     ({"name": "ltp", "weight": 1}, "unknown field 'weight'"),
@@ -293,6 +322,8 @@ def test_one_checkpoint_many_budgets(tmp_path):
         ([[0.6, [0.5]]], "must be one per site"),
         ([[0.6]], "must be pairs"),
         ([[0.6, [1.5, 0.2]]], r"keep_rate \(1.5\) must be in"),
+        ([[0.6, [0.5, 0.8]]], "a budget's keep_rate .* must not rise"),
+        ([[1.6, [0.5, 0.2]]], r"MAC ratio \(1.6\) must be in \(0, 1\]"),
     ],
 )
 def test_bad_budgets_are_refused(budgets, message):

@@ -14,16 +14,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
     AutoTokenizer,
     BertForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     ViTForImageClassification,
 )
 
@@ -42,15 +37,7 @@ ROWS, SIZE = 150, 8
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, its tokenizer, and texts of 0 to 30 words in two files."""
     folder = tmp_path_factory.mktemp("room")
-    torch.manual_seed(0)
-    BertForSequenceClassification(tiny.BERT).save_pretrained(folder / "model")
-    words = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(4, 50))])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder / "model")
+    tiny.save_text_model(folder / "model")
     random = np.random.default_rng(0)
     rows = [
         {

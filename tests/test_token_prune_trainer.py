@@ -90,6 +90,22 @@ def test_a_budget_is_met_and_logged(tmp_path):
     assert all(entry["alive_tokens_layer_2"] <= entry["alive_tokens_layer_1"] for entry in logged)
 
 
+def test_training_goes_on_from_thresholds_that_were_learned(tmp_path):
+    trainer = trainer_for(BUDGET, tmp_path, max_steps=1, learning_rate=1e-9)
+    mask = trainer.model.bert.encoder.layer[1].token_mask
+    with torch.no_grad():
+        mask.log_threshold.fill_(1.5)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append(model.bert.encoder.layer[1].token_mask.log_threshold.item())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen == pytest.approx([1.5], abs=1e-5)
+
+
 def test_evaluation_reports_what_count_macs_counts(tmp_path):
     trainer = trainer_for(TOP_K, tmp_path)
     batch = {name: torch.stack([row[name] for row in rows_of()]) for name in ("input_ids", "attention_mask")}
@@ -239,6 +255,9 @@ def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):
         trainer_for(TOP_K, tmp_path, distillation_weight=0.5)
     with pytest.raises(ValueError, match=r"sandwich_samples \(1\) needs a pruning with budgets"):
         trainer_for(TOP_K, tmp_path, sandwich_samples=1)
+    for name, value in (("sandwich_samples", 1), ("keep_rate_warmup_end", 0.5)):
+        with pytest.raises(ValueError, match=rf"{name} \({value}\) must be 0 with objective 'budget'"):
+            trainer_for({**BUDGET, "budgets": [[0.5, [9.0, 9.0]]]}, tmp_path, **{name: value})
     with pytest.raises(ValueError, match=r"soft_share \(1.5\) must be in \[0, 1\]"):
         trainer_for(TOP_K, tmp_path, soft_share=1.5)
     with pytest.raises(TypeError, match="is not a token pruning model"):
@@ -308,7 +327,7 @@ os._exit(0)  # threads of gloo sometimes abort an interpreter that is shutting d
 def test_two_processes_learn_the_same_and_evaluate_as_one(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if "SCORES" in line)
@@ -321,7 +340,9 @@ def test_two_processes_learn_the_same_and_evaluate_as_one(tmp_path):
 
 
 def test_label_smoothing_keeps_the_objectives_loss(tmp_path):
-    trainer = trainer_for({**BUDGET, "objective": "ltp"}, tmp_path, label_smoothing_factor=0.1)
+    trainer = trainer_for(
+        {"preset": "ltp", "final_token_threshold": 0.03, "objective": "ltp"}, tmp_path, label_smoothing_factor=0.1
+    )
     inputs = {name: torch.stack([row[name] for row in rows_of()[:5]]) for name in rows_of()[0]}
     loss = trainer.compute_loss(trainer.model.train(), dict(inputs))
     output = trainer.model(**inputs)

@@ -2,10 +2,15 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -22,6 +27,7 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -155,6 +161,19 @@ def image_inputs(batch: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
 def inputs_for(case: Case, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """A ragged batch of text, or a batch of images."""
     return text_inputs([17, 5, 30, 1], seed=seed, padding=2) if case.text else image_inputs(3, seed=seed)
+
+
+def save_text_model(folder: Path) -> None:
+    """A tiny classifier and a tokenizer that knows the words w4 to w49."""
+    torch.manual_seed(0)
+    BertForSequenceClassification(BERT).save_pretrained(folder)
+    words = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(4, 50))])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
 
 
 def main_output(outputs: object) -> torch.Tensor:

@@ -289,9 +289,10 @@ class TokenPruneModel(Prunable):
         site = None if pruning is None else pruning.sites.get(index)
         if site is not None and (site.idle or (first_token_only and site.place == "between")):
             site = None  # no token is lost there, or none that is read
-        return LayerPlan(site, pruning, attention, first_token_only, call.attentions, self._softening())
+        return LayerPlan(site, pruning, attention, first_token_only, call.attentions, self.softening)
 
-    def _softening(self) -> Objective | None:
+    @property
+    def softening(self) -> Objective | None:
         """The objective whose masks stand for removal now: in training, in its soft phase."""
         pruning = self.config.pruning
         soft = self.training and pruning is not None and pruning.objective is not None
@@ -300,12 +301,12 @@ class TokenPruneModel(Prunable):
     def _check_checkpointing(self, layers: nn.ModuleList) -> None:
         again = getattr(layers[0], "_gradient_checkpointing_func", None)
         reentrant = getattr(again, "keywords", {}).get("use_reentrant", False)
-        if self._softening() is not None and layers[0].gradient_checkpointing and reentrant:
+        if self.softening is not None and layers[0].gradient_checkpointing and reentrant:
             raise ValueError("use_reentrant (True) must be False in the soft phase: weights of tokens have a gradient")
 
     def pruning_loss(self, call: EncoderCall) -> torch.Tensor | None:
         """What the pruning's objective adds to the loss of a call that collected its work; None: nothing."""
-        objective, layers = self._softening(), self.token_layers()
+        objective, layers = self.softening, self.token_layers()
         if objective is None or not call.softened:
             return None
         masks = [layers[site.layer]._modules.get("token_mask") for site, _ in call.softened]
@@ -385,7 +386,7 @@ class TokenPruneHead(Prunable):
         call = inputs.pop("encoder_call", None) or EncoderCall()
         call.first_token_only = self.reads_first_token_only
         call.trace = call.trace or bool(output_token_trace)
-        call.work = call.work or self.training
+        call.work = call.work or self.base_model.softening is not None
         outputs = native_forward(**inputs, encoder_call=call, return_dict=True)
         if outputs.get("loss") is not None:
             extra = self.base_model.pruning_loss(call)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from .pruning_stage import RULES, PruningStage, check_number, check_sequence
+from .pruning_stage import RULES, PruningStage, check_number, check_rate, check_sequence
 
 
 Budgets = tuple[tuple[float, tuple[float, ...]], ...]
@@ -25,14 +25,13 @@ def eased(rule: str, value: float, progress: float, length: int) -> float:
 
 def check_budgets(budgets: Any, stages: Sequence[PruningStage]) -> Budgets:
     """Raises a ValueError unless MAC ratios rise and each comes with one valid value per site."""
-    checked = []
+    checked, rules = [], site_rules(stages)
     for entry in check_sequence("budgets", budgets):
         entry = check_sequence("budgets", entry)
         if len(entry) != 2:
             raise ValueError(f"budgets ({entry!r}) must be pairs of a MAC ratio and one value per site")
-        ratio = check_number("a budget's MAC ratio", entry[0])
+        ratio = check_rate("a budget's MAC ratio", entry[0])
         values = check_sequence("a budget's values", entry[1])
-        rules = site_rules(stages)
         if len(values) != len(rules):
             raise ValueError(f"a budget's values ({list(values)}) must be one per site, and there are {len(rules)}")
         checked.append((ratio, tuple(RULES[rule].check(rule, value) for rule, value in zip(rules, values))))
@@ -49,11 +48,11 @@ def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage]) -> 
     """
     macs = check_number("budget", macs)
     if not budgets:
-        raise ValueError(f"budget ({macs}) needs a pruning with budgets: plan_budgets(...) makes them")
-    if macs >= budgets[-1][0] and macs <= 1.0:
+        raise ValueError(f"budget ({macs}) needs a pruning with budgets=[[MAC ratio, [one value per site]], ...]")
+    if not budgets[0][0] <= macs <= 1.0:
+        raise ValueError(f"budget ({macs}) must be in [{budgets[0][0]}, 1]: the smallest that the pruning carries")
+    if macs >= budgets[-1][0]:
         return budgets[-1][1]
-    if not budgets[0][0] <= macs <= budgets[-1][0]:
-        raise ValueError(f"budget ({macs}) must be in [{budgets[0][0]}, {max(1.0, budgets[-1][0])}]")
     (low, cheap), (high, dear) = next(pair for pair in pairwise(budgets) if pair[0][0] <= macs <= pair[1][0])
     progress = (high - macs) / (high - low)
     return tuple(_between(rule, *pair, progress) for rule, *pair in zip(site_rules(stages), dear, cheap))

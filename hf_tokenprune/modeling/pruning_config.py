@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
@@ -95,7 +96,11 @@ class PruningConfig:
         object.__setattr__(self, "objective", Objective.coerce(self.objective))
         self._check_waiting()
         self._check_sites()
-        object.__setattr__(self, "budgets", check_budgets(self.budgets, self.stages))
+        budgets = _frozen(self.budgets) if self.awaiting_depth else check_budgets(self.budgets, self.stages)
+        object.__setattr__(self, "budgets", budgets)
+        for _, values in budgets if not self.awaiting_depth else ():
+            for stage, own in zip(self.stages, self._by_stage(values)):
+                RULES[stage.rule].check_order(f"a budget's {stage.rule}", own)
 
     def _check_waiting(self) -> None:
         waiting = dict(self.awaiting_depth)
@@ -176,11 +181,13 @@ class PruningConfig:
         values = tuple(values)
         if len(values) != len(self.values):
             raise ValueError(f"values ({list(values)}) must be one per site, and there are {len(self.values)}")
-        stages, first = [], 0
-        for stage in self.stages:
-            stages.append(replace(stage, values=values[first : first + len(stage.layers)]))
-            first += len(stage.layers)
-        return replace(self, stages=tuple(stages))
+        stages = zip(self.stages, self._by_stage(values))
+        return replace(self, stages=tuple(replace(stage, values=own) for stage, own in stages))
+
+    def _by_stage(self, values: Sequence[float]) -> list[tuple[float, ...]]:
+        """One value per site -> each stage's."""
+        rest = iter(values)
+        return [tuple(islice(rest, len(stage.layers))) for stage in self.stages]
 
     def with_learned(self, values: Sequence[float]) -> "PruningConfig":
         """`with_values`, where values that may not rise are brought down to those of earlier sites."""

@@ -12,7 +12,6 @@ from .pruning_stage import PruningStage, check_choice, check_number
 
 
 PHASES = ("soft", "hard")
-THRESHOLDS = ("threshold", "relative_threshold")
 
 
 @dataclass(frozen=True)
@@ -20,15 +19,15 @@ class Method:
     """What an objective asks of the stages it trains, and what it takes if nothing is said.
 
     rules: the selection rules that it knows masks for. saliencies: scores whose votes can be weighed; None: all.
-    penalty: the weight of what is added to the loss. temperature: of the masks.
+    penalty: the weight of what is added to the loss. temperature: of the masks. None: it has none.
     on_hidden: whether hidden states are multiplied by the masks; otherwise log(mask) is added to the attention logits
         of the masked keys, which in the limit is removal.
     """
 
     rules: tuple[str, ...]
     saliencies: tuple[str, ...] | None
-    penalty: float
-    temperature: float
+    penalty: float | None
+    temperature: float | None
     on_hidden: bool = False
 
 
@@ -36,13 +35,13 @@ _VOTES = ("cls_attention", "received_attention", "received_from_others")
 OBJECTIVES = MappingProxyType(
     {
         # sigmoid((score - threshold) / temperature), learned thresholds, penalty x mean mask (LTP, KDD 2022)
-        "ltp": Method(THRESHOLDS, _VOTES, 0.1, 1e-3),
+        "ltp": Method(("threshold",), _VOTES, 0.1, 1e-3),
         # r_l[rank], penalty x sum_l l |r_l| (PoWER-BERT, ICML 2020)
-        "power_bert": Method(("keep_count",), None, 3e-4, 1.0, on_hidden=True),
+        "power_bert": Method(("keep_count",), None, 3e-4, None, on_hidden=True),
         # a hard Gumbel mask of the predictor, penalty x mean_s (mean mask - rate_s)^2 (DynamicViT, NeurIPS 2021)
         "dynamicvit": Method(("keep_rate",), ("learned",), 2.0, 1.0),
-        # learned thresholds under a constraint on the expected MAC ratio: penalty scales both multipliers' start
-        "budget": Method(THRESHOLDS, _VOTES, 0.0, 0.2),
+        # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio
+        "budget": Method(("threshold", "relative_threshold"), _VOTES, None, 0.2),
     }
 )
 
@@ -77,15 +76,24 @@ class Objective:
         if self.target_macs is not None and not 0 < check_number("target_macs", self.target_macs) <= 1:
             raise ValueError(f"target_macs ({self.target_macs!r}) must be in (0, 1]")
         for name in ("penalty", "temperature"):
-            value = getattr(self, name)
-            value = getattr(method, name) if value is None else check_number(name, value)
-            if value < 0 or (value == 0 and name == "temperature"):
-                raise ValueError(f"{name} ({value!r}) must be {'> 0' if name == 'temperature' else '>= 0'}")
-            object.__setattr__(self, name, float(value))
+            self._settle(name, getattr(self, name), getattr(method, name))
+
+    def _settle(self, name: str, given: float | None, usual: float | None) -> None:
+        if usual is None and given is not None:
+            raise ValueError(f"{name} ({given!r}) must not be given: objective {self.name!r} has none")
+        value = usual if given is None else check_number(name, given)
+        if value is not None and (value < 0 or (value == 0 and name == "temperature")):
+            raise ValueError(f"{name} ({value!r}) must be {'> 0' if name == 'temperature' else '>= 0'}")
+        object.__setattr__(self, name, value)
 
     @property
     def method(self) -> Method:
         return OBJECTIVES[self.name]
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether the values of the sites are learned, and not given."""
+        return self.name != "dynamicvit"
 
     @classmethod
     def coerce(cls, value: Any) -> "Objective | None":

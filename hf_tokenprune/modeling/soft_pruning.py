@@ -17,7 +17,7 @@ from transformers import initialization as init
 from .pruning_objective import Objective
 from .pruning_stage import RULES, Site
 from .saliency import TokenPredictor
-from .token_macs import call_macs, unpruned_macs
+from .token_macs import sample_macs
 from .token_outputs import EncoderCall
 from .token_state import TokenState
 
@@ -38,12 +38,14 @@ class ThresholdMask(nn.Module):
         """The threshold, for the rule that it is of."""
         return self.log_threshold.detach().float().exp()
 
-    def forward(self, scores: torch.Tensor, state: TokenState, site: Site, temperature: float) -> torch.Tensor:
+    def forward(self, scores: torch.Tensor, state: TokenState, site: Site, objective: Objective) -> torch.Tensor:
         """The mask of each row from its score, [B, K]."""
-        if site.rule == "threshold":
-            return ((scores - self.log_threshold.float().exp()) / temperature).sigmoid()
-        relative = (scores * state.weights.sum(dim=1, keepdim=True)).clamp(min=1e-12)
-        return ((relative.log() - self.log_threshold.float()) / temperature).sigmoid()
+        log_threshold = self.log_threshold.float()
+        if objective.name == "ltp":
+            return ((scores - log_threshold.exp()) / objective.temperature).sigmoid()
+        if site.rule == "relative_threshold":
+            scores = scores * state.weights.sum(dim=1, keepdim=True)
+        return ((scores.clamp(min=1e-12).log() - log_threshold) / objective.temperature).sigmoid()
 
 
 class RankMask(nn.Module):
@@ -72,7 +74,7 @@ class RankMask(nn.Module):
         """The retention, at least 1."""
         return max(1, round(self.clamped.sum().item()))
 
-    def forward(self, scores: torch.Tensor, state: TokenState, site: Site, temperature: float) -> torch.Tensor:
+    def forward(self, scores: torch.Tensor, state: TokenState, site: Site, objective: Objective) -> torch.Tensor:
         """The mask of each row from the rank of its score, [B, K]; protected rows come first."""
         ranked = scores.detach().masked_fill(~state.alive, -torch.inf).masked_fill(state.held, torch.inf)
         rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -109,7 +111,7 @@ def _reversed(x: torch.Tensor) -> torch.Tensor:
 
 def mask_module(site: Site, objective: Objective, ranks: int) -> nn.Module | None:
     """The parameters that a site's masks have of their own; None: it has none, or can remove nothing."""
-    if objective.name == "dynamicvit" or site.value == RULES[site.rule].idle:
+    if not objective.learns_values or site.value == RULES[site.rule].idle:
         return None
     return RankMask(ranks) if site.rule == "keep_count" else ThresholdMask(site.value)
 
@@ -134,7 +136,7 @@ def soften(
     scores: torch.Tensor, state: TokenState, site: Site, objective: Objective, module: nn.Module
 ) -> SoftReduction:
     """The reduction of a site whose masks come from scores [B, K], one per row."""
-    mask = module(scores, state, site, objective.temperature)
+    mask = module(scores, state, site, objective)
     return _weighed(mask, state, objective)
 
 
@@ -183,8 +185,8 @@ def objective_loss(
 
 def expected_ratio(call: EncoderCall, config: Any) -> torch.Tensor:
     """The MAC ratio of a call, over all its samples together: a scalar, with a gradient in the soft phase."""
-    whole = unpruned_macs(call, config).sum()
-    return (call_macs(call, config) / whole).sum()
+    macs, whole = sample_macs(call, config)
+    return (macs / whole.sum()).sum()
 
 
 def _mean_over_sites(values: Any) -> torch.Tensor:

@@ -29,6 +29,11 @@ def unpruned_macs(call: EncoderCall, config: Any, *, lossless: bool = False) -> 
     return _macs([whole] * (len(call.layer_work) - 1) + [last], config)
 
 
+def sample_macs(call: EncoderCall, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each sample of one call cost, [B], and in the stock encoder, [B]."""
+    return call_macs(call, config).sum(dim=0), unpruned_macs(call, config).sum(dim=0)
+
+
 def _macs(layer_work: list[LayerWork], config: Any) -> torch.Tensor:
     """long [layers, B]"""
     return torch.stack([_layer_macs(work, config) for work in layer_work])

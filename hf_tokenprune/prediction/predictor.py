@@ -26,7 +26,7 @@ from transformers import (
 # Not from the top, where older releases put a stand-in that asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .. import packaged
+from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..modeling.token_outputs import EncoderCall
 from .arguments import PredictionArguments
@@ -81,8 +81,7 @@ def load_predictor(arguments: PredictionArguments, rows: Rows, device: torch.dev
         TypeError: a model that cannot be pruned, listing those that can.
         ValueError: a checkpoint without the weights that the task needs, an impossible pruning or length.
     """
-    name = arguments.model_name_or_path
-    path = packaged.model_path(name) if name in packaged.available_models() else name
+    path = model_source(arguments.model_name_or_path)
     shared = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     shared = {key: value for key, value in shared.items() if value}
     model = _load_model(path, arguments, images=rows.images, **shared)
@@ -138,9 +137,7 @@ def _load_model(path: Any, arguments: PredictionArguments, *, images: bool, **sh
 def _pruned(model: PreTrainedModel, text: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     if text is None:
         return model if hasattr(model, "set_pruning") else prune(model, None)
-    wish = None if text == "none" else json.loads(text) if text.lstrip().startswith("{") else {"preset": text}
-    if wish is not None and tokenizer is not None and tokenizer.sep_token_id is not None:
-        wish.setdefault("protected_token_ids", [tokenizer.sep_token_id])
+    wish = None if text == "none" else written_pruning(text, tokenizer)
     if not hasattr(model, "set_pruning"):
         return prune(model, wish)
     model.set_pruning(wish)

@@ -88,9 +88,10 @@ class SoftToHard(TrainerCallback):
         if passed >= 1.0:
             objective = replace(target, phase="hard")
         else:
-            final = target.temperature if self.final_temperature is None else self.final_temperature
-            temperature = target.temperature * (final / target.temperature) ** passed
-            objective = replace(target, phase="soft", temperature=temperature)
+            objective = replace(target, phase="soft")
+            if target.temperature is not None and self.final_temperature is not None:
+                fall = self.final_temperature / target.temperature
+                objective = replace(objective, temperature=target.temperature * fall**passed)
             if target.target_macs is not None:
                 warm = min(passed / self.budget_warmup, 1.0) if self.budget_warmup else 1.0
                 objective = replace(objective, target_macs=1.0 - (1.0 - target.target_macs) * warm)

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from ..convert import prune
-from ..modeling.modeling_tokenprune import PRUNER_MODULES
+from ..modeling.modeling_tokenprune import PRUNER_MODULES, Prunable
 from ..modeling.pruning_config import PruningConfig
-from ..modeling.token_macs import call_macs, unpruned_macs
+from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
 from .budget import check_reach, thresholds_for_budget
@@ -30,7 +30,7 @@ class TokenPruneTrainer(Trainer):
         - The loss has the distillation terms, and in a sandwich those of several budgets.
         - The pruner's parameters have a learning rate of their own, and no weight decay.
         - Callbacks follow from the arguments: keep-rate warm-up, soft to hard.
-        - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio.
+        - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio of labelled data.
         - Logs carry the MAC ratio and the alive tokens of each site.
         - After training with an objective, what was learned is in the config.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
@@ -48,13 +48,17 @@ class TokenPruneTrainer(Trainer):
 
     def __init__(self, *args: Any, teacher: PreTrainedModel | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.pruned = pruned_model(self.model)
         self.teacher = None if teacher is None else self._prepared(teacher)
         self._check_arguments()
         self.work = WorkLog()
         self._evaluated: list[torch.Tensor] | None = None
         self.data_collator = _CheckedLabels(self.data_collator, self.label_names, self.pruned.config)
         self._add_schedules()
+
+    @property
+    def pruned(self) -> Prunable:
+        """Our model inside `model`."""
+        return pruned_model(self.model)
 
     def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Unpruned and in evaluation mode; a copy where the student has the same parameters, as `prune` makes it."""
@@ -75,6 +79,13 @@ class TokenPruneTrainer(Trainer):
         pruning = self.pruned.config.pruning
         if args.sandwich_samples and (pruning is None or not pruning.budgets):
             raise ValueError(f"sandwich_samples ({args.sandwich_samples}) needs a pruning with budgets")
+        objective = None if pruning is None else pruning.objective
+        for name in ("sandwich_samples", "keep_rate_warmup_end"):
+            if getattr(args, name) and objective is not None and objective.learns_values:
+                raise ValueError(
+                    f"{name} ({getattr(args, name)}) must be 0 with objective {objective.name!r}: it learns the values "
+                    "that this would set"
+                )
 
     def _add_schedules(self) -> None:
         args, pruning = self.args, self.pruned.config.pruning
@@ -108,7 +119,6 @@ class TokenPruneTrainer(Trainer):
         measure = self._ratios(self._some_inputs()) if target is not None and self.args.budget_samples else None
         if measure is not None:
             check_reach(pruning, target, measure)
-            self.pruned.set_pruning(pruning)
         result = super().train(*args, **kwargs)
         self.pruned.settle_pruning()
         if measure is not None:
@@ -128,18 +138,18 @@ class TokenPruneTrainer(Trainer):
         return [{k: v for k, v in collate(batch).items() if k not in self.label_names} for batch in batches]
 
     def _ratios(self, batches: list[dict[str, Any]]) -> Callable[[PruningConfig], float]:
-        """Measures a pruning's MAC ratio on all processes' inputs."""
+        """Measures a pruning's MAC ratio on all processes' inputs; the model stays as it is."""
 
         @torch.no_grad()
         def measure(pruning: PruningConfig) -> float:
-            self.pruned.set_pruning(pruning)
-            self.pruned.to(self.args.device).eval()
-            costs = torch.zeros(2, dtype=torch.double, device=self.args.device)
+            twin, training = prune(self.pruned, pruning), self.pruned.training
+            twin.eval()
+            costs = torch.zeros(2, device=self.args.device)
             for batch in batches:
                 call = EncoderCall(work=True)
-                self.pruned(**self._prepare_inputs(batch), encoder_call=call)
-                macs, whole = call_macs(call, self.pruned.config), unpruned_macs(call, self.pruned.config)
-                costs += torch.stack([macs.sum(), whole.sum()])
+                twin(**self._prepare_inputs(batch), encoder_call=call)
+                costs += torch.stack([part.float().sum() for part in sample_macs(call, twin.config)])
+            self.pruned.train(training)  # the twin has its modules
             macs, whole = self.accelerator.reduce(costs, "sum").tolist()
             return macs / whole
 
@@ -155,7 +165,9 @@ class TokenPruneTrainer(Trainer):
         if not model.training:
             call = EncoderCall(work=True)
             result = super().compute_loss(model, {**inputs, "encoder_call": call}, return_outputs, num_items_in_batch)
-            self._note_evaluated(call)
+            if self._evaluated is not None:
+                costs = torch.stack(sample_macs(call, self.pruned.config), dim=1)
+                self._evaluated.append(self.gather_function(costs).cpu())
             return result
         loss, outputs = self._sandwich(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -252,17 +264,6 @@ class TokenPruneTrainer(Trainer):
             macs, whole = torch.cat(costs).sum(dim=0).tolist()
             output.metrics[f"{metric_key_prefix}_mac_ratio"] = macs / whole
         return output
-
-    def _note_evaluated(self, call: EncoderCall) -> None:
-        if self._evaluated is None:
-            return
-        config = self.pruned.config
-        costs = torch.stack([call_macs(call, config).sum(dim=0), unpruned_macs(call, config).sum(dim=0)], dim=1)
-        self._evaluated.append(self.gather_function(costs.double()).cpu())
-
-    def pruning(self) -> PruningConfig | None:
-        """The model's pruning with what was learned so far."""
-        return self.pruned.base_model.learned_pruning()
 
 
 class _CheckedLabels:

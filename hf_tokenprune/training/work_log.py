@@ -2,7 +2,7 @@
 
 import torch
 
-from ..modeling.token_macs import call_macs, unpruned_macs
+from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
 
 
@@ -17,9 +17,9 @@ class WorkLog:
     def add(self, call: EncoderCall, config: object) -> None:
         sites = [(layer, work) for layer, work in enumerate(call.layer_work) if work.site is not None]
         alive = [work.feed_forward if work.site.place == "between" else work.keys for _, work in sites]
-        macs, whole = call_macs(call, config), unpruned_macs(call, config)
-        samples = torch.tensor(float(whole.shape[1]), device=whole.device)
-        sums = torch.stack([macs.sum(), whole.sum(), samples, *(counts.sum() for counts in alive)]).double()
+        macs, whole = sample_macs(call, config)
+        columns = [macs, whole, torch.ones_like(whole), *alive]
+        sums = torch.stack([column.float().sum() for column in columns])  # some devices know no float64
         layers = [layer for layer, _ in sites]
         if layers != self.layers:  # sites come and go with a warm-up
             self.sums, self.layers = None, layers
