@@ -230,8 +230,22 @@ def test_multipliers_ascend_under_descent():
     assert multipliers.linear.item() == pytest.approx(0.3)
     assert multipliers.quadratic.item() == pytest.approx(0.09)
     cost.grad = None
+    optimizer.zero_grad()
     multipliers(cost - 0.5).backward()
     assert cost.grad.item() == pytest.approx(0.3 + 2 * 0.09 * 0.3)
+
+
+def test_a_cost_below_its_target_owes_nothing():
+    multipliers = BudgetMultipliers()
+    cost = torch.tensor(0.3, requires_grad=True)
+    multipliers(cost - 0.5).backward()
+    assert multipliers.linear.grad.item() == 0.0 and cost.grad.item() == 0.0
+    with torch.no_grad():
+        multipliers.linear.fill_(-0.1)  # as momentum leaves it
+    multipliers.zero_grad()
+    assert multipliers(torch.tensor(0.2)).item() == 0.0
+    multipliers(torch.tensor(0.2)).backward()
+    assert multipliers.linear.grad.item() == pytest.approx(-0.2)
 
 
 def test_votes_of_tokens_that_are_going_do_not_count():

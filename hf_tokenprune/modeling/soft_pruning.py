@@ -96,9 +96,14 @@ class BudgetMultipliers(nn.Module):
     def forward(self, excess: torch.Tensor) -> torch.Tensor:
         """lambda_1 excess + lambda_2 excess^2, with the gradient of the multipliers reversed: ascent, by any optimiser.
 
+        lambda_1 does not fall below 0: while the cost is below its target, nothing is owed for later.
+
         excess: c - c*, a scalar.
         """
-        return _reversed(self.linear) * excess + _reversed(self.quadratic) * excess.square()
+        linear = self.linear.detach()
+        moves = (excess.detach() > 0) | (linear > 0)
+        linear = torch.where(moves, _reversed(self.linear), linear) + linear.clamp(min=0.0) - linear
+        return linear * excess + _reversed(self.quadratic) * excess.square()
 
 
 SoftModule = ThresholdMask | RankMask | BudgetMultipliers

@@ -29,7 +29,7 @@ class TokenPruneTrainingArguments(TrainingArguments):
     )
     soft_share: float = field(default=0.5, metadata={"help": "Share of training in an objective's soft phase."})
     budget_warmup: float = field(
-        default=0.4, metadata={"help": "Share of the soft phase in which the target falls from 1 to target_macs."}
+        default=0.4, metadata={"help": "Share of the soft phase in which the target falls to target_macs."}
     )
     budget_samples: int = field(
         default=256, metadata={"help": "Training inputs on which, at the end, the learned thresholds meet the budget."}

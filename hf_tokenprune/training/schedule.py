@@ -63,17 +63,21 @@ class KeepRateWarmup(TrainerCallback):
 class SoftToHard(TrainerCallback):
     """An objective's two phases in one run: masks first, then removal with what they learned.
 
-    In the soft phase the temperature falls geometrically and a budget's target linearly from 1.
+    In the soft phase the temperature falls geometrically and a budget's target linearly.
 
     Args:
         soft_share: of all optimiser steps.
         budget_warmup: of the soft phase.
         final_temperature: at its end; None: the temperature stays.
+
+    Attributes:
+        start_macs: the MAC ratio that a budget's target falls from: what the model costs with nothing pruned.
     """
 
     def __init__(self, soft_share: float, budget_warmup: float, final_temperature: float | None):
         self.soft_share, self.budget_warmup, self.final_temperature = soft_share, budget_warmup, final_temperature
         self.target = None
+        self.start_macs = 1.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -94,6 +98,7 @@ class SoftToHard(TrainerCallback):
                 objective = replace(objective, temperature=target.temperature * fall**passed)
             if target.target_macs is not None:
                 warm = min(passed / self.budget_warmup, 1.0) if self.budget_warmup else 1.0
-                objective = replace(objective, target_macs=1.0 - (1.0 - target.target_macs) * warm)
+                start = max(self.start_macs, target.target_macs)
+                objective = replace(objective, target_macs=start - (start - target.target_macs) * warm)
         if objective != ours.config.pruning.objective:
             ours.set_pruning(replace(ours.config.pruning, objective=objective))

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -93,8 +94,10 @@ class TokenPruneTrainer(Trainer):
         if args.keep_rate_warmup_end:
             self._warmup = KeepRateWarmup(args.keep_rate_warmup_start, args.keep_rate_warmup_end)
             self.add_callback(self._warmup)
+        self._phases = None
         if pruning is not None and pruning.objective is not None:
-            self.add_callback(SoftToHard(args.soft_share, args.budget_warmup, args.final_temperature))
+            self._phases = SoftToHard(args.soft_share, args.budget_warmup, args.final_temperature)
+            self.add_callback(self._phases)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -119,6 +122,8 @@ class TokenPruneTrainer(Trainer):
         measure = self._ratios(self._some_inputs()) if target is not None and self.args.budget_samples else None
         if measure is not None:
             check_reach(pruning, target, measure)
+            unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
+            self._phases.start_macs = min(1.0, measure(replace(unpruned, objective=None)))
         result = super().train(*args, **kwargs)
         self.pruned.settle_pruning()
         if measure is not None:
