@@ -303,6 +303,12 @@ def test_bad_objectives_are_refused(objective, message):
         PruningConfig.preset("adaptive", layers=[1], threshold=0.5, objective=objective)
 
 
+def test_a_score_that_comes_after_the_masks_is_refused():
+    stage = {"layers": [1], "saliency": "residual_shift", "rule": "keep_count", "values": [5]}
+    with pytest.raises(ValueError, match=r"objective 'power_bert' needs saliency .*, not 'residual_shift'"):
+        PruningConfig(stages=[stage], objective="power_bert")
+
+
 def test_an_objective_survives_json():
     pruning = PruningConfig.coerce(PRUNINGS["budget"], tiny.LAYERS)
     assert PruningConfig.from_dict(pruning.to_dict()) == pruning

@@ -18,14 +18,14 @@ PHASES = ("soft", "hard")
 class Method:
     """What an objective asks of the stages it trains, and what it takes if nothing is said.
 
-    rules: the selection rules that it knows masks for. saliencies: scores whose votes can be weighed; None: all.
+    rules: the selection rules that it knows masks for. saliencies: scores that are known where masks stand for removal.
     penalty: the weight of what is added to the loss. temperature: of the masks. None: it has none.
     on_hidden: whether hidden states are multiplied by the masks; otherwise log(mask) is added to the attention logits
         of the masked keys, which in the limit is removal.
     """
 
     rules: tuple[str, ...]
-    saliencies: tuple[str, ...] | None
+    saliencies: tuple[str, ...]
     penalty: float | None
     temperature: float | None
     on_hidden: bool = False
@@ -37,7 +37,7 @@ OBJECTIVES = MappingProxyType(
         # sigmoid((score - threshold) / temperature), learned thresholds, penalty x mean mask (LTP, KDD 2022)
         "ltp": Method(("threshold",), _VOTES, 0.1, 1e-3),
         # r_l[rank], penalty x sum_l l |r_l| (PoWER-BERT, ICML 2020)
-        "power_bert": Method(("keep_count",), None, 3e-4, None, on_hidden=True),
+        "power_bert": Method(("keep_count",), (*_VOTES, "key_norm"), 3e-4, None, on_hidden=True),
         # a hard Gumbel mask of the predictor, penalty x mean_s (mean mask - rate_s)^2 (DynamicViT, NeurIPS 2021)
         "dynamicvit": Method(("keep_rate",), ("learned",), 2.0, 1.0),
         # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio
@@ -118,7 +118,7 @@ class Objective:
                 f"objective {self.name!r} trains stages with rule {' or '.join(map(repr, method.rules))} and reduction "
                 f"'drop', not rule {stage.rule!r} with reduction {stage.reduction!r}"
             )
-        if method.saliencies is not None and stage.saliency not in method.saliencies:
+        if stage.saliency not in method.saliencies:
             raise ValueError(
                 f"objective {self.name!r} needs saliency {' or '.join(map(repr, method.saliencies))}, not "
                 f"{stage.saliency!r}"
