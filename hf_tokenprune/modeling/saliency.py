@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .selection import GRID, Scores, best_rows
-from .token_layout import Layout, PackedRows, gather_rows
+from .token_layout import Layout, PackedRows, gather_rows, parted
 from .token_state import TokenState
 
 
@@ -280,10 +280,9 @@ def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor) 
             return score(everyone, None, *map(rows.spread, x))
         if not isinstance(rows, PackedRows) or x[0].is_cuda:
             return score(everyone, rows.alive, *map(rows.spread, x))
-        parts = [
-            score(run.samples, None, *(part[0, run.keys].unflatten(0, (run.count, -1)) for part in x))
-            for run in rows.runs(rows)
-        ]
+        runs = rows.runs(rows)
+        given = zip(*(parted(part, runs, "keys") for part in x))
+        parts = [score(run.samples, None, *each) for run, each in zip(runs, given)]
         behind = (0, 0) * (parts[0].dim() - 2)
         return torch.cat([nn.functional.pad(part, (*behind, 0, rows.rows - part.shape[1])) for part in parts])
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_layout import Layout, MaskedRows, PackedRows, Run, named
+from .token_layout import Layout, MaskedRows, PackedRows, Run, named, parted
 
 
 class AttentionKernel(NamedTuple):
@@ -136,11 +136,10 @@ def _attend_in_runs(
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     contexts, maps = [], []
-    for run in runs:
-        # [b, n, H, d]: views, nothing is copied
-        queries = query[0, run.queries].unflatten(0, (run.count, -1))
-        keys, values = (x[0, run.keys].unflatten(0, (run.count, -1)) for x in (key, value))
-        mask = None if bias is None else kernel.mask(queries, keys, None, bias[0, run.keys].view(run.count, -1))
+    biases = [None] * len(runs) if bias is None else parted(bias, runs, "keys")
+    parts = zip(parted(query, runs, "queries"), parted(key, runs, "keys"), parted(value, runs, "keys"), biases)
+    for queries, keys, values, weight in parts:  # [b, n, H, d], and weight [b, n]
+        mask = None if weight is None else kernel.mask(queries, keys, None, weight)
         context, weights = kernel(queries, keys, values, mask)
         contexts.append(context.flatten(0, 1).flatten(1))
         if weights is not None:

@@ -9,6 +9,7 @@ Shapes: B samples, N input length, K rows, T alive tokens of the batch, D featur
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +71,24 @@ class Blend(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Neighbouring samples with equal query and key lengths, which one attention call serves."""
+    """Neighbouring samples with equal query and key lengths, which one attention call serves.
+
+    queries, keys: tokens of all its samples together.
+    """
 
     samples: slice
-    queries: slice
-    keys: slice
     count: int
+    queries: int
+    keys: int
+
+
+def parted(x: torch.Tensor, runs: list[Run], side: str) -> list[torch.Tensor]:
+    """Each run's rows of packed x [1, T, ...], views [b, n, ...]. By one split: a slice's gradient is as long as x.
+
+    side: "queries" or "keys".
+    """
+    parts = x[0].split([getattr(run, side) for run in runs])
+    return [part.unflatten(0, (run.count, -1)) for part, run in zip(parts, runs)]
 
 
 class PackedRows:
@@ -127,15 +140,11 @@ class PackedRows:
     def runs(self, keys: "PackedRows") -> list[Run]:
         """Groups neighbouring samples whose lengths agree, here (the queries) and in `keys`."""
         runs: list[Run] = []
-        query_start = key_start = first = 0
-        for sample, pair in enumerate(zip(self.lengths, keys.lengths)):
-            last = sample + 1 == self.samples
-            if not last and pair == (self.lengths[sample + 1], keys.lengths[sample + 1]):
-                continue
-            count = sample + 1 - first
-            query_end, key_end = query_start + count * pair[0], key_start + count * pair[1]
-            runs.append(Run(slice(first, sample + 1), slice(query_start, query_end), slice(key_start, key_end), count))
-            query_start, key_start, first = query_end, key_end, sample + 1
+        first = 0
+        for pair, group in groupby(zip(self.lengths, keys.lengths)):
+            count = len(list(group))
+            runs.append(Run(slice(first, first + count), count, count * pair[0], count * pair[1]))
+            first += count
         return runs
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
