@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 import numpy as np
-from scipy.stats import bootstrap
+from numpy.typing import ArrayLike
 from sklearn.metrics import accuracy_score
+
+
+DRAWN_AT_ONCE = 500  # resamples of a bootstrap
 
 
 class Accuracy(evaluate.Metric):
@@ -29,27 +32,26 @@ class Accuracy(evaluate.Metric):
 
 
 def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
+    a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile interval of mean(a) - mean(b) over items that both were measured on.
+    """The percentile interval of mean(a) - mean(b) over items, and over seeds where there are several.
 
     Args:
-        a, b: one number per item, in the same order; for accuracy, whether each document was right.
+        a, b: one number per item, in the same order, [items] or [seeds, items]; for accuracy, whether each document was
+            right. Seeds and items are drawn anew each for themselves.
 
     Raises:
-        ValueError: different lengths, or no items.
+        ValueError: different shapes, or no items.
     """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"a ({len(a)} items) and b ({len(b)} items) must be of the same, positive length")
-    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    if np.all(differences == differences[0]):
-        return float(differences[0]), float(differences[0])
-    result = bootstrap(
-        (differences,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    left, right = (np.atleast_2d(np.asarray(x, dtype=float)) for x in (a, b))
+    if left.shape != right.shape or not left.size:
+        raise ValueError(f"a {np.shape(a)} and b {np.shape(b)} must be of the same shape, and not empty")
+    differences = left - right
+    chance = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for first in range(0, resamples, DRAWN_AT_ONCE):
+        part = means[first : first + DRAWN_AT_ONCE]
+        seeds, items = (chance.multinomial(n, np.full(n, 1 / n), size=len(part)) / n for n in differences.shape)
+        part[:] = ((seeds @ differences) * items).sum(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -42,10 +42,11 @@ from hf_tokenprune.files import write_atomically
 from hf_tokenprune.hub import run_in_fresh_process
 from hf_tokenprune.metrics import Accuracy, paired_bootstrap
 from hf_tokenprune.modeling.token_outputs import EncoderCall
-from hf_tokenprune.profiling import Timing, speedup, time_interleaved
+from hf_tokenprune.profiling import Timing
+from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.profiling.macs import MacCount, count_call
-from hf_tokenprune.training.text import load_text_classification, tokenize
+from hf_tokenprune.training.data import load_classification, tokenize
 from hf_tokenprune.viz import OperatingPoint, accuracy_over_macs, document_views, render_page, write_page
 
 
@@ -134,7 +135,7 @@ class Quickstart:
         }
         print("\n5/6 time the padded, the unpadded and the pruned model in turn")
         timed = self.splits["test"].select(range(min(self.arguments.timed_documents, len(self.splits["test"]))))
-        timings = self.time(timed, control, prune(control, None), pruned)
+        timings = self.time(timed, control, pruned)
         print("\n6/6 save, draw, and load as a stranger: in a new process without this package")
         self.save(pruned)
         report = {
@@ -142,7 +143,7 @@ class Quickstart:
             "pruning": self.pruning.to_dict(),
             "machine": describe_machine(self.device),
             "quality": quality(evaluations),
-            "speed": speed(timings, self.evaluate(pruned, timed, "count the timed documents"), len(timed)),
+            "speed": speed_table(timings, len(timed), self.mac_ratio(pruned, timed)),
         }
         self.write(report)
         self.draw(evaluations, pruned)
@@ -167,10 +168,10 @@ class Quickstart:
 
     def load_data(self) -> datasets.DatasetDict:
         arguments = self.arguments
-        splits = load_text_classification(
+        splits = load_classification(
             arguments.dataset_name,
             config=arguments.dataset_config,
-            text_column=arguments.text_column,
+            input_column=arguments.text_column,
             label_column=arguments.label_column,
         )
         splits = splits.shuffle(seed=arguments.seed)  # many sets come sorted by class
@@ -243,22 +244,19 @@ class Quickstart:
             macs.append(count_call(call, model.config))
         return Evaluation(metric.compute()["accuracy"], right, macs)
 
-    @torch.inference_mode()
-    def time(
-        self, split: datasets.Dataset, stock: PreTrainedModel, unpadded: PreTrainedModel, pruned: PreTrainedModel
-    ) -> dict[str, Timing]:
+    def time(self, split: datasets.Dataset, stock: PreTrainedModel, pruned: PreTrainedModel) -> dict[str, Timing]:
         """Each baseline over the same documents, interleaved."""
         arrival, by_size = (list(self.batches(s)) for s in (split, by_length(split)))
         for batch in arrival + by_size:
             del batch["labels"]
-        candidates = {
-            "padded": lambda: [stock(**batch) for batch in arrival],
-            "padded, sorted by length": lambda: [stock(**batch) for batch in by_size],
-            "unpadded": lambda: [unpadded(**batch) for batch in arrival],
-            "pruned": lambda: [pruned(**batch) for batch in arrival],
-        }
         rounds = self.arguments.timed_rounds
-        return time_interleaved(candidates, rounds=rounds, progress=lambda steps: tqdm(steps, desc="rounds"))
+        return time_against_baselines(
+            stock, pruned, arrival, by_size, rounds=rounds, progress=lambda steps: tqdm(steps, desc="rounds")
+        )
+
+    def mac_ratio(self, model: PreTrainedModel, split: datasets.Dataset) -> float:
+        counted = self.evaluate(model, split, "count the timed documents")
+        return counted.macs_per_document() / counted.macs_per_document("lossless")
 
     def save(self, model: PreTrainedModel) -> None:
         model.save_pretrained(self.folder / "model")
@@ -342,24 +340,6 @@ def quality(evaluations: dict[str, Evaluation]) -> list[dict]:
     ]
 
 
-def speed(timings: dict[str, Timing], counted: Evaluation, documents: int) -> list[dict]:
-    """Milliseconds per document and speed-ups, each against a named baseline of the same interleaved run."""
-    mac_ratio = counted.macs_per_document() / counted.macs_per_document("lossless")
-    rows = []
-    for name, timing in timings.items():
-        row = {
-            "model": name,
-            "documents": documents,
-            "rounds": len(timing.seconds),
-            "milliseconds_per_document": 1e3 * timing.median / documents,
-            "quartiles": [1e3 * seconds / documents for seconds in timing.spread],
-        }
-        row |= {f"speedup_to_{other}": speedup(timings[other], timing) for other in timings}
-        rows.append(row)
-    rows[-1] |= {"mac_ratio_to_unpadded": mac_ratio, "realised": rows[-1]["speedup_to_unpadded"] * mac_ratio}
-    return rows
-
-
 def table(report: dict) -> str:
     """The report as two tables of text."""
     lines = [f"{'model':34} {'accuracy':>8} {'to control [95 %]':>26} {'GMAC/document':>14} {'of unpadded':>12}"]
@@ -377,7 +357,7 @@ def table(report: dict) -> str:
     for row in report["speed"]:
         realised = f"{row['realised']:9.2f}" if "realised" in row else ""
         lines.append(
-            f"{row['model']:34} {row['milliseconds_per_document']:12.2f} {row['speedup_to_padded']:9.2f}x "
+            f"{row['model']:34} {row['milliseconds_per_input']:12.2f} {row['speedup_to_padded']:9.2f}x "
             f"{row['speedup_to_padded, sorted by length']:9.2f}x {row['speedup_to_unpadded']:11.2f}x {realised}"
         )
     where = report["machine"]

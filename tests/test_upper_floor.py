@@ -15,7 +15,7 @@ from hf_tokenprune import prune
 from hf_tokenprune.hub import run_in_fresh_process
 from hf_tokenprune.metrics import Accuracy, paired_bootstrap
 from hf_tokenprune.profiling import Timing, speedup, time_interleaved
-from hf_tokenprune.training.text import load_text_classification
+from hf_tokenprune.training.data import load_classification
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -37,7 +37,10 @@ def test_paired_bootstrap_is_narrower_than_its_parts():
     assert 0 <= low < difference < high < 0.02
     assert (low, high) == paired_bootstrap(better, right)
     assert paired_bootstrap(right, right) == (0.0, 0.0)
-    with pytest.raises(ValueError, match=r"a \(400 items\) and b \(3 items\)"):
+    # One seed in which all is won and one in which nothing is: the seeds are what is unsure.
+    low, high = paired_bootstrap([right, right], [right, ~right])
+    assert low == 0.0 and high > 0.7
+    with pytest.raises(ValueError, match=r"a \(400,\) and b \(3,\)"):
         paired_bootstrap(right, [1, 0, 1])
 
 
@@ -60,7 +63,7 @@ def test_local_files_with_columns_of_their_own(kind, tmp_path):
         path.write_text("body,kind,note\n" + "".join(f"{r['body']},{r['kind']},{r['note']}\n" for r in rows))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = load_text_classification(str(path), text_column="body", label_column="kind")
+    splits = load_classification(str(path), input_column="body", label_column="kind")
     names = {row["body"]: row["kind"] for row in rows}
     for split in splits.values():
         assert sorted(split.column_names) == ["label", "text"]
@@ -69,7 +72,7 @@ def test_local_files_with_columns_of_their_own(kind, tmp_path):
         assert all(split.features["label"].int2str(row["label"]) == names[row["text"]] for row in split)
     assert len(splits["train"]) + len(splits["test"]) == 20
     with pytest.raises(ValueError, match=r"column 'label' is not in .*'kind'"):
-        load_text_classification(str(path), text_column="body")
+        load_classification(str(path), input_column="body")
 
 
 def test_a_stranger_computes_the_same(tmp_path):

@@ -31,7 +31,8 @@ class TokenPruneTrainer(Trainer):
         - The loss has the distillation terms, and in a sandwich those of several budgets.
         - The pruner's parameters have a learning rate of their own, and no weight decay.
         - Callbacks follow from the arguments: keep-rate warm-up, soft to hard.
-        - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio of labelled data.
+        - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio of labelled data, and in
+          1e9 MACs what an input of theirs costs.
         - Logs carry the MAC ratio and the alive tokens of each site.
         - After training with an objective, what was learned is in the config.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
@@ -268,6 +269,7 @@ class TokenPruneTrainer(Trainer):
         if costs:
             macs, whole = torch.cat(costs).sum(dim=0).tolist()
             output.metrics[f"{metric_key_prefix}_mac_ratio"] = macs / whole
+            output.metrics[f"{metric_key_prefix}_gmacs"] = macs / sum(map(len, costs)) / 1e9
         return output
 
 

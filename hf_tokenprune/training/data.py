@@ -1,17 +1,21 @@
-"""Text classification data from the packaged sets, the Hub or local files, in one form."""
+"""Classification data, texts or images, from the packaged sets, the Hub or local files, in one form."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from .. import packaged
 
 
-def load_text_classification(
-    name: str, *, config: str | None = None, text_column: str = "text", label_column: str = "label"
+def load_classification(
+    name: str, *, config: str | None = None, input_column: str = "text", label_column: str = "label"
 ) -> datasets.DatasetDict:
-    """Loads a data set and brings it to the columns `text` (str) and `label` (ClassLabel), splits `train` and `test`.
+    """Loads a data set and brings it to the columns `text` (str) or `image` (Image), and `label` (ClassLabel).
+
+    The splits are `train` and `test`.
 
     Args:
         name: a packaged set's short name, a Hub id, a folder that `datasets` reads, or a `.csv`, `.json`, `.jsonl` or
@@ -22,11 +26,12 @@ def load_text_classification(
         ValueError: columns that are not there, or no labelled split to test on.
     """
     splits = _load(name, config, label_column)
-    for column in (text_column, label_column):
+    for column in (input_column, label_column):
         if column not in splits["train"].column_names:
             raise ValueError(f"column {column!r} is not in {name}; it has {splits['train'].column_names}")
-    splits = splits.select_columns([text_column, label_column])
-    splits = splits.rename_columns({a: b for a, b in ((text_column, "text"), (label_column, "label")) if a != b})
+    splits = splits.select_columns([input_column, label_column])
+    kind = "image" if isinstance(splits["train"].features[input_column], datasets.Image) else "text"
+    splits = splits.rename_columns({a: b for a, b in ((input_column, kind), (label_column, "label")) if a != b})
     if isinstance(splits["train"].features["label"], datasets.ClassLabel):
         return splits
     return _encode_labels(splits)
@@ -77,3 +82,25 @@ def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, m
     return splits.map(
         lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length), batched=True, desc="tokenize"
     )
+
+
+def read_images(
+    splits: datasets.DatasetDict, processor: BaseImageProcessor, image_size: int | None = None
+) -> datasets.DatasetDict:
+    """Decodes and processes each image when it is read: `pixel_values` [3, H, W] and `labels`.
+
+    Args:
+        image_size: pixels of the side that images are brought to; None: as the processor has it.
+    """
+    sizes: dict[str, Any] = {}
+    if image_size is not None:
+        square = {"height": image_size, "width": image_size}
+        sizes["size"] = {"shortest_edge": image_size} if "shortest_edge" in (processor.size or {}) else square
+        sizes |= {"crop_size": square} if getattr(processor, "do_center_crop", False) else {}
+    return splits.with_transform(partial(_pixels, processor=processor, sizes=sizes))
+
+
+def _pixels(rows: dict[str, list], processor: BaseImageProcessor, sizes: dict[str, Any]) -> dict[str, list]:
+    images = [image.convert("RGB") for image in rows["image"]]
+    pixels = processor(images, return_tensors="pt", **sizes)["pixel_values"]
+    return {"pixel_values": list(pixels), "labels": rows["label"]}

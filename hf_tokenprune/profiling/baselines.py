@@ -1,0 +1,64 @@
+"""The three baselines that a speed-up is over: padded (in arrival order and by length), unpadded, pruned."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..convert import prune
+from .latency import Timing, speedup, speedup_bound, time_interleaved
+
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+
+
+@torch.inference_mode()
+def time_against_baselines(
+    stock: PreTrainedModel,
+    pruned: PreTrainedModel,
+    arrival: Batches,
+    by_length: Batches,
+    *,
+    rounds: int,
+    progress: Callable = iter,
+) -> dict[str, Timing]:
+    """Times the same inputs through each model in turn.
+
+    Args:
+        stock: the native model, for the padded batches; the unpadded baseline has the pruned model's own weights.
+        arrival, by_length: batches of the inputs, without labels, as they come and sorted by length.
+        progress: wraps the iteration over rounds, for example `tqdm`.
+    """
+    unpadded = prune(pruned, None).eval()
+    candidates = {
+        "padded": lambda: [stock(**batch) for batch in arrival],
+        "padded, sorted by length": lambda: [stock(**batch) for batch in by_length],
+        "unpadded": lambda: [unpadded(**batch) for batch in arrival],
+        "pruned": lambda: [pruned(**batch) for batch in arrival],
+    }
+    return time_interleaved(candidates, rounds=rounds, progress=progress)
+
+
+def speed_table(timings: Mapping[str, Timing], inputs: int, mac_ratio: float) -> list[dict[str, Any]]:
+    """Milliseconds per input and speed-ups, each against a named baseline of the same interleaved run.
+
+    Args:
+        inputs: how many were timed.
+        mac_ratio: what they cost pruned, over the unpadded baseline; for `realised`.
+    """
+    rows = []
+    for name, timing in timings.items():
+        row = {
+            "model": name,
+            "inputs": inputs,
+            "rounds": len(timing.seconds),
+            "milliseconds_per_input": 1e3 * timing.median / inputs,
+            "quartiles": [1e3 * seconds / inputs for seconds in timing.spread],
+        }
+        for other, slow in timings.items():
+            row[f"speedup_to_{other}"] = speedup(slow, timing)
+            row[f"speedup_to_{other}_at_least"] = speedup_bound(slow, timing)
+        rows.append(row)
+    rows[-1] |= {"mac_ratio_to_unpadded": mac_ratio, "realised": rows[-1]["speedup_to_unpadded"] * mac_ratio}
+    return rows

@@ -1,0 +1,205 @@
+"""The job of `run_finetune.py`: from its arguments to a trained, tested and saved classifier, and a report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BaseImageProcessor,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .. import packaged
+from ..command_line import model_source, written_pruning
+from ..convert import prune
+from ..files import write_atomically
+from ..metrics import Accuracy
+from ..profiling.baselines import speed_table, time_against_baselines
+from ..profiling.machine import describe_machine
+from ..profiling.macs import count_macs
+from .arguments import TokenPruneTrainingArguments
+from .data import load_classification, read_images, tokenize
+from .trainer import TokenPruneTrainer
+
+
+@dataclass
+class FinetuneArguments:
+    model_name_or_path: str = field(
+        default="minilm-l6", metadata={"help": f"Hub id, folder, or one of {', '.join(packaged.available_models())}."}
+    )
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "Unpruned model for the distillation terms: Hub id or folder."}
+    )
+    dataset_name: str = field(
+        default="20newsgroups-religion",
+        metadata={"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class."})
+    max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels of the side that images are brought to; the processor's own if not given."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many inputs."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Test on so many inputs."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "JSON of fields of the model's config to change: '{\"attention_probs_dropout_prob\": 0}'."},
+    )
+    pruning: str | None = field(
+        default=None,
+        metadata={"help": "A preset's name, or JSON as PruningConfig takes it; None: nothing pruned."},
+    )
+
+
+def load_splits(arguments: FinetuneArguments, seed: int) -> datasets.DatasetDict:
+    splits = load_classification(
+        arguments.dataset_name,
+        config=arguments.dataset_config,
+        input_column=arguments.image_column or arguments.text_column,
+        label_column=arguments.label_column,
+    )
+    # Many sets come sorted by class. The test inputs are the same ones, in the same order, for all seeds.
+    splits["train"], splits["test"] = splits["train"].shuffle(seed=seed), splits["test"].shuffle(seed=0)
+    for name, limit in (("train", arguments.max_train_samples), ("test", arguments.max_test_samples)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_{name}_samples ({limit}) must be >= 1")
+        splits[name] = splits[name].select(range(min(limit or len(splits[name]), len(splits[name]))))
+    return splits
+
+
+def load_classifier(kind: type, source: str | Path, labels: list[str], overrides: dict) -> PreTrainedModel:
+    return kind.from_pretrained(
+        source,
+        **overrides,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return Accuracy().compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+
+
+def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> TokenPruneTrainer:
+    set_seed(training.seed)
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
+    source = model_source(arguments.model_name_or_path)
+    splits = load_splits(arguments, training.seed)
+    kind = AutoModelForSequenceClassification
+    if arguments.image_column is not None:
+        kind, training.remove_unused_columns = AutoModelForImageClassification, False  # images are read by the column
+    model = load_classifier(
+        kind, source, splits["train"].features["label"].names, json.loads(arguments.config_overrides or "{}")
+    )
+    splits, processing, collate = prepare(arguments, source, splits)
+    tokenizer = processing if arguments.image_column is None else None
+    teacher = arguments.teacher_name_or_path
+    return TokenPruneTrainer(
+        prune(model, None if arguments.pruning is None else written_pruning(arguments.pruning, tokenizer)),
+        training,
+        teacher=None if teacher is None else kind.from_pretrained(teacher),
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        data_collator=collate,
+        processing_class=processing,
+        compute_metrics=accuracy,
+    )
+
+
+def prepare(
+    arguments: FinetuneArguments, source: str | Path, splits: datasets.DatasetDict
+) -> tuple[datasets.DatasetDict, PreTrainedTokenizerBase | BaseImageProcessor, Callable]:
+    """What the model takes, what makes it, and what makes batches of it."""
+    if arguments.image_column is not None:
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        return read_images(splits, processor, arguments.image_size), processor, default_data_collator
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return tokenize(splits, tokenizer, arguments.max_length), tokenizer, DataCollatorWithPadding(tokenizer)
+
+
+def check_same_run(path: Path, asked: dict, last: str | None) -> None:
+    """Writes what is asked for, or raises a ValueError where the checkpoint that is there is of another run."""
+    if last is not None and path.exists():
+        found = json.loads(path.read_text())
+        for name in asked:
+            if found.get(name) != asked[name]:
+                raise ValueError(
+                    f"output_dir ({path.parent}) holds a run with {name} {found.get(name)!r}, now {asked[name]!r} is "
+                    "asked for: go on with the same, or take another output_dir"
+                )
+    write_atomically(path, json.dumps(asked, indent=1).encode())
+
+
+def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> dict:
+    """Trains, tests, saves; the report."""
+    folder = Path(training.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    check_same_run(folder / "run.json", asdict(arguments) | {"seed": training.seed}, last)
+    trainer = make_trainer(arguments, training)
+    trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
+    tested = trainer.predict(trainer.eval_dataset)
+    trainer.save_model(str(folder / "model"))
+    pruning = trainer.pruned.config.pruning
+    report = {
+        "arguments": asdict(arguments),
+        "training": training.to_sanitized_dict(),
+        "pruning": None if pruning is None else pruning.to_dict(),
+        "machine": describe_machine(training.device),
+        "train": trained.metrics,
+        "test": tested.metrics,
+        "predicted": tested.predictions.argmax(-1).tolist(),
+        "labels": tested.label_ids.tolist(),
+        "log": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        write_atomically(folder / "report.json", json.dumps(report, indent=1).encode())
+    return report
+
+
+def time_finetuned(folder: Path, stock: Path, inputs: int, rounds: int) -> list[dict[str, Any]]:
+    """Times what `finetune` left in `folder` on its test inputs, beside the stock and the unpadded model.
+
+    Args:
+        stock: folder of the native model that the padded batches go through.
+        inputs: test inputs, at most.
+    """
+    report = json.loads((folder / "report.json").read_text())
+    arguments, size = FinetuneArguments(**report["arguments"]), report["training"]["per_device_eval_batch_size"]
+    splits, _, collate = prepare(arguments, stock, load_splits(arguments, report["training"]["seed"]))
+    rows = [splits["test"][i] for i in range(min(inputs, len(splits["test"])))]
+    by_length = sorted(rows, key=lambda row: len(row.get("input_ids", ())))
+    arrival, by_length = (_batches(each, size, collate) for each in (rows, by_length))
+    kind = AutoModelForSequenceClassification if arguments.image_column is None else AutoModelForImageClassification
+    pruned = kind.from_pretrained(folder / "model").eval()
+    counts = [count_macs(pruned, batch) for batch in arrival]
+    ratio = sum(count.total for count in counts) / sum(count.lossless for count in counts)
+    timings = time_against_baselines(
+        kind.from_pretrained(stock).eval(), pruned, arrival, by_length, rounds=rounds, progress=tqdm
+    )
+    return speed_table(timings, len(rows), ratio)
+
+
+def _batches(rows: list[dict], size: int, collate: Callable) -> list[dict[str, torch.Tensor]]:
+    taken = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+    rows = [{name: value for name, value in row.items() if name in taken} for row in rows]
+    return [dict(collate(rows[first : first + size])) for first in range(0, len(rows), size)]

@@ -1,0 +1,124 @@
+"""Run a recipe and its controls over several seeds, and say what it gains and loses.
+
+    python scripts/run_comparison.py --recipe recipes/minilm-20newsgroups-religion --output_dir out --seeds 0 1 2
+    python scripts/run_comparison.py --recipe recipes/minilm-20newsgroups-religion --output_dir out --processes 2
+
+Each run is one call of `run_finetune.py`. Runs that are done are not done again; one that was interrupted goes on.
+At the end the padded, the unpadded and the pruned model of the first seed are timed in turn. Writes `comparison.json`
+and `comparison.md`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+from hf_tokenprune import packaged
+from hf_tokenprune.command_line import parse_arguments
+from hf_tokenprune.files import write_atomically
+from hf_tokenprune.profiling.machine import describe_machine
+from hf_tokenprune.training.comparison import Recipe, summarise, table
+from hf_tokenprune.training.finetune import time_finetuned
+
+
+FINETUNE = Path(__file__).with_name("run_finetune.py")
+
+
+@dataclass
+class ComparisonArguments:
+    recipe: str = field(metadata={"help": "Folder with baseline.yaml, pruned.yaml and controls.yaml."})
+    output_dir: str = field(metadata={"help": "Where the runs, comparison.json and comparison.md go."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One of each run for each."})
+    processes: int = field(default=1, metadata={"help": "Runs at a time; the processor's threads are shared out."})
+    timed_inputs: int = field(default=128, metadata={"help": "Test inputs of the timing; 0: no timing."})
+    timed_rounds: int = field(default=9, metadata={"help": "Rounds of the timing."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("processes", 1), ("timed_inputs", 0), ("timed_rounds", 3)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be >= {least}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds ({self.seeds}) must be at least one, and none twice")
+
+
+class Comparison:
+    """The runs of all seeds, and what comes of them."""
+
+    def __init__(self, arguments: ComparisonArguments):
+        self.arguments = arguments
+        self.recipe = Recipe.read(arguments.recipe)
+        self.folder = Path(arguments.output_dir)
+        self.threads = max(1, torch.get_num_threads() // arguments.processes)
+
+    def folder_of(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}"
+
+    def finetune(self, name: str, seed: int) -> dict[str, Any]:
+        """One run's report; the run itself, unless it is done."""
+        folder = self.folder_of(seed) / name
+        if not (folder / "report.json").exists():
+            given = folder / "arguments.yaml"
+            write_atomically(given, yaml.safe_dump(self.recipe.arguments(name, self.folder_of(seed), seed)).encode())
+            with open(folder / "log.txt", "ab") as log:
+                command = [sys.executable, str(FINETUNE), str(given)]
+                environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+                done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{name} of seed {seed} ended with {done.returncode}: see {folder / 'log.txt'}")
+        return json.loads((folder / "report.json").read_text())
+
+    def run(self) -> dict[str, Any]:
+        seeds, names = self.arguments.seeds, ["baseline", *self.recipe.others]
+        jobs = [(name, seed) for seed in seeds for name in names]
+        with ThreadPoolExecutor(self.arguments.processes) as pool, tqdm(total=len(jobs), desc="runs") as bar:
+
+            def follow(job: tuple[str, int]) -> dict[str, Any]:
+                report = self.finetune(*job)
+                bar.update()
+                return report
+
+            done = dict(zip(first := [("baseline", seed) for seed in seeds], pool.map(follow, first)))
+            rest = [job for job in jobs if job[0] != "baseline"]
+            done |= zip(rest, pool.map(follow, rest))
+        reports = {name: [done[name, seed] for seed in seeds] for name in names}
+        return {
+            "recipe": {"baseline": self.recipe.baseline, **self.recipe.others},
+            "seeds": seeds,
+            "machine": done[names[0], seeds[0]]["machine"],
+            "quality": summarise(reports),
+            "prunings": [report["pruning"] for report in reports["pruned"]],
+        }
+
+    def time(self) -> dict[str, Any]:
+        folder = self.folder_of(self.arguments.seeds[0])
+        rows = time_finetuned(
+            folder / "pruned", folder / "baseline" / "model", self.arguments.timed_inputs, self.arguments.timed_rounds
+        )
+        return {"machine": describe_machine(), "rows": rows}
+
+
+def main() -> None:
+    try:
+        (arguments,) = parse_arguments(ComparisonArguments)
+        comparison = Comparison(arguments)
+        report = comparison.run()
+        if arguments.timed_inputs:
+            report["speed"] = comparison.time()
+    except (packaged.PackagedFileError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    write_atomically(comparison.folder / "comparison.json", json.dumps(report, indent=1).encode())
+    lines = table(report["quality"], report.get("speed"))
+    write_atomically(comparison.folder / "comparison.md", f"{lines}\n".encode())
+    print(lines)
+
+
+if __name__ == "__main__":
+    main()
