@@ -190,6 +190,20 @@ def test_a_sandwich_is_the_full_model_the_smallest_and_a_random_one(tmp_path):
     assert model.config.pruning == start
 
 
+@pytest.mark.parametrize("pruning", [TOP_K, {"preset": "adaptive", "layers": [1, 2], "threshold": 2.0}])
+def test_budgets_are_found(pruning, tmp_path):
+    trainer = trainer_for(pruning, tmp_path, budgets=[0.8, 0.65, 1.0], max_steps=1, learning_rate=0.0)
+    trainer.train()
+    budgets = trainer.pruned.config.pruning.budgets
+    assert [ratio for ratio, _ in budgets] == [0.65, 0.8, 1.0]
+    for ratio, _ in budgets[:2]:
+        trainer.pruned.set_budget(ratio)
+        assert trainer.evaluate(trainer.train_dataset)["eval_mac_ratio"] == pytest.approx(ratio, abs=0.01)
+    assert budgets[2][1] == trainer.pruned.config.pruning.eased(0.0, 32).values  # 1: nothing is pruned
+    with pytest.raises(ValueError, match=r"a budget \(0.1\) must be at least 0\.\d"):
+        trainer_for(pruning, tmp_path, budgets=[0.1], max_steps=1).train()
+
+
 def test_the_pruner_has_a_learning_rate_of_its_own(tmp_path):
     trainer = trainer_for(BUDGET, tmp_path, pruner_learning_rate=0.5, learning_rate=1e-9, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -204,7 +218,7 @@ RESUMED = {
     "budget": (BUDGET, {"pruner_learning_rate": 0.1}),
     "dynamicvit": ({"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.6}, {"pruner_learning_rate": 0.01}),
     "warmup": (TOP_K, {"keep_rate_warmup_end": 0.8}),
-    "sandwich": (SANDWICH, {"sandwich_samples": 1}),
+    "sandwich": (TOP_K, {"sandwich_samples": 1, "budgets": [0.7, 0.8]}),
 }
 
 
@@ -256,7 +270,7 @@ def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):
         trainer_for(TOP_K, tmp_path, teacher=tiny.build(tiny.Case(TEXT.native, other)))
     with pytest.raises(ValueError, match="without a teacher"):
         trainer_for(TOP_K, tmp_path, distillation_weight=0.5)
-    with pytest.raises(ValueError, match=r"sandwich_samples \(1\) needs a pruning with budgets"):
+    with pytest.raises(ValueError, match=r"sandwich_samples \(1\) needs budgets"):
         trainer_for(TOP_K, tmp_path, sandwich_samples=1)
     for name, value in (("sandwich_samples", 1), ("keep_rate_warmup_end", 0.5)):
         with pytest.raises(ValueError, match=rf"{name} \({value}\) must be 0 with objective 'budget'"):

@@ -42,6 +42,11 @@ class TokenPruneTrainingArguments(TrainingArguments):
         metadata={"help": "Random budgets a step, beside nothing pruned and the smallest budget; 0: no sandwich."},
     )
 
+    budgets: list[float] | None = field(
+        default=None,
+        metadata={"help": "MAC ratios for set_budget: values that cost them are found before training and after."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("keep_rate_warmup_start", "keep_rate_warmup_end", "soft_share", "budget_warmup"):
@@ -50,6 +55,9 @@ class TokenPruneTrainingArguments(TrainingArguments):
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         for name in ("pruner_learning_rate", "distillation_temperature", "final_temperature"):
             _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "> 0")
+        for budget in self.budgets or ():
+            _check("budgets", budget, 0.0 < budget <= 1.0, "in (0, 1]")
+        _check("budget_samples", self.budget_samples, self.budget_samples or not self.budgets, "> 0 with budgets")
         start, end = self.keep_rate_warmup_start, self.keep_rate_warmup_end
         _check(
             "keep_rate_warmup_start", start, start < end or not (start or end), f"below keep_rate_warmup_end ({end})"

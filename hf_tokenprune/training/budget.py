@@ -1,6 +1,6 @@
-"""The last step to a budget: thresholds that were learned under it, moved together until it is met."""
+"""From MAC ratios to the values that cost them, by measuring."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from scipy.optimize import brentq
@@ -50,3 +50,31 @@ def check_reach(pruning: PruningConfig, target: float, ratio_at: Callable[[Pruni
             f"target_macs ({target}) must be at least {least:.3f}: what is left when almost no token is kept after "
             f"layers {sorted(pruning.sites)}; sites at earlier layers save more"
         )
+
+
+def with_budgets(
+    pruning: PruningConfig, targets: Sequence[float], ratio_at: Callable[[PruningConfig], float], length: int
+) -> PruningConfig:
+    """The pruning with `budgets`: for each MAC ratio, values on the way from nothing pruned to its own.
+
+    Args:
+        ratio_at: measures a pruning's MAC ratio; about eight times for each target.
+        length: tokens of the longest input.
+
+    Raises:
+        ValueError: a target below what the pruning's own values cost.
+    """
+    plain = replace(pruning, budgets=(), objective=None)
+    most, least = (ratio_at(plain.eased(progress, length)) for progress in (0.0, 1.0))
+    budgets = []
+    for target in sorted(set(targets)):
+        if target < least - CLOSE:
+            raise ValueError(f"a budget ({target}) must be at least {least:.3f}: what the pruning's own values cost")
+
+        def excess(progress: float, target: float = target) -> float:
+            off = ratio_at(plain.eased(progress, length)) - target
+            return 0.0 if abs(off) < CLOSE else off
+
+        met = 0.0 if target >= most else 1.0 if target <= least + CLOSE else brentq(excess, 0.0, 1.0, xtol=0.002)
+        budgets.append((target, plain.eased(met, length).values))
+    return replace(pruning, budgets=budgets)

@@ -1,8 +1,8 @@
 """A recipe against its controls: what each run is, and what their reports say together.
 
 A recipe is a folder with three files. `baseline.yaml` and `pruned.yaml` hold arguments of `run_finetune.py`; the pruned
-model starts from the baseline, which is also its teacher where it has one. `controls.yaml` names the controls, with what
-each changes in `pruned.yaml`: all else, the steps included, is the same.
+model starts from the baseline, which is also its teacher where it has one. `controls.yaml` names the controls, and what
+they change in `pruned.yaml`: all else, the steps included, is the same.
 """
 
 from collections.abc import Mapping, Sequence

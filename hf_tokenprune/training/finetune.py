@@ -167,6 +167,7 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
         "machine": describe_machine(training.device),
         "train": trained.metrics,
         "test": tested.metrics,
+        "budgets": test_budgets(trainer),
         "predicted": tested.predictions.argmax(-1).tolist(),
         "labels": tested.label_ids.tolist(),
         "log": trainer.state.log_history,
@@ -174,6 +175,17 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
     if trainer.is_world_process_zero():
         write_atomically(folder / "report.json", json.dumps(report, indent=1).encode())
     return report
+
+
+def test_budgets(trainer: TokenPruneTrainer) -> list[dict[str, float]]:
+    """The metrics at each of the pruning's budgets; the model is left as it was."""
+    model, pruning = trainer.pruned, trainer.pruned.config.pruning
+    tested = []
+    for budget, _ in () if pruning is None else pruning.budgets:
+        model.set_budget(budget)
+        tested.append({"budget": budget, **trainer.predict(trainer.eval_dataset).metrics})
+    model.set_pruning(pruning)
+    return tested
 
 
 def time_finetuned(folder: Path, stock: Path, inputs: int, rounds: int) -> list[dict[str, Any]]:

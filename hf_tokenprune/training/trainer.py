@@ -18,7 +18,7 @@ from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
-from .budget import check_reach, thresholds_for_budget
+from .budget import check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, kept_token_mse, kl_to_teacher
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
 from .work_log import WorkLog
@@ -34,7 +34,7 @@ class TokenPruneTrainer(Trainer):
         - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio of labelled data, and in
           1e9 MACs what an input of theirs costs.
         - Logs carry the MAC ratio and the alive tokens of each site.
-        - After training with an objective, what was learned is in the config.
+        - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
 
     Args:
@@ -79,8 +79,10 @@ class TokenPruneTrainer(Trainer):
                 f"({args.token_distillation_weight}) must be 0 without a teacher"
             )
         pruning = self.pruned.config.pruning
-        if args.sandwich_samples and (pruning is None or not pruning.budgets):
-            raise ValueError(f"sandwich_samples ({args.sandwich_samples}) needs a pruning with budgets")
+        if args.budgets and pruning is None:
+            raise ValueError(f"budgets ({args.budgets}) need a pruning, whose values the smallest of them may reach")
+        if args.sandwich_samples and not args.budgets and (pruning is None or not pruning.budgets):
+            raise ValueError(f"sandwich_samples ({args.sandwich_samples}) needs budgets, here or in the pruning")
         objective = None if pruning is None else pruning.objective
         for name in ("sandwich_samples", "keep_rate_warmup_end"):
             if getattr(args, name) and objective is not None and objective.learns_values:
@@ -118,18 +120,27 @@ class TokenPruneTrainer(Trainer):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        pruning = self.pruned.config.pruning
+        pruning, budgets = self.pruned.config.pruning, self.args.budgets
         target = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
-        measure = self._ratios(self._some_inputs()) if target is not None and self.args.budget_samples else None
-        if measure is not None:
+        wanted = self.args.budget_samples and (target is not None or budgets)
+        measure = self._ratios(self._some_inputs()) if wanted else None
+        if measure is not None and target is not None:
             check_reach(pruning, target, measure)
             unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
             self._phases.start_macs = min(1.0, measure(replace(unpruned, objective=None)))
+        if budgets:
+            self._set_budgets(measure)
         result = super().train(*args, **kwargs)
         self.pruned.settle_pruning()
-        if measure is not None:
+        if measure is not None and target is not None:
             self.pruned.set_pruning(thresholds_for_budget(self.pruned.config.pruning, target, measure))
+        if budgets:
+            self._set_budgets(measure)
         return result
+
+    def _set_budgets(self, measure: Callable[[PruningConfig], float]) -> None:
+        longest = self.pruned.base_model.longest_input
+        self.pruned.set_pruning(with_budgets(self.pruned.config.pruning, self.args.budgets, measure, longest))
 
     def _some_inputs(self) -> list[dict[str, Any]]:
         """The same training inputs at every start, this process's share of `budget_samples`."""
