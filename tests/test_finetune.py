@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -9,13 +10,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import HfArgumentParser, ViTForImageClassification
 
-from hf_tokenprune import PruningConfig
+from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
+from hf_tokenprune.training.finetune import FinetuneArguments, finetune
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_finetune.py"
@@ -64,6 +69,10 @@ def run(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True, timeout=300)
 
 
+def parse(path: Path) -> tuple[FinetuneArguments, TokenPruneTrainingArguments]:
+    return HfArgumentParser([FinetuneArguments, TokenPruneTrainingArguments]).parse_yaml_file(path)
+
+
 @pytest.fixture(scope="module")
 def straight(room: Path) -> Path:
     done = run(recipe(room, room / "straight"))
@@ -107,11 +116,6 @@ def test_killed_and_gone_on_with(room, straight, step, tmp_path):
     assert pruning[0]["stages"][0]["values"] == pytest.approx(pruning[1]["stages"][0]["values"], abs=1e-6)
 
 
-def test_another_run_in_the_same_folder_is_refused(room, straight):
-    done = run(recipe(room, straight, pruning="top_k"))
-    assert done.returncode == 1 and "holds a run with pruning" in done.stderr.strip().splitlines()[-1]
-
-
 MISTAKES = {
     "pruning": ({"pruning": "top_q"}, "unknown preset 'top_q'"),
     "budget": ({"pruning": json.dumps({**PRUNING, "objective": {"name": "budget", "target_macs": 0.01}})}, "at least"),
@@ -120,8 +124,37 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_end_with_one_sentence(room, mistake, tmp_path):
+def test_mistakes_are_refused_before_training(room, mistake, tmp_path):
     changes, words = MISTAKES[mistake]
-    done = run(recipe(room, tmp_path / "wrong", **changes))
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and words in last and "Traceback" not in done.stderr, done.stderr[-2000:]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        finetune(*parse(recipe(room, tmp_path / "wrong", **changes)))
+    assert not list((tmp_path / "wrong").glob("checkpoint-*"))
+
+
+def test_a_mistake_ends_the_command_with_one_sentence(room, straight):
+    done = run(recipe(room, straight, pruning="top_k"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "holds a run with pruning" in done.stderr.strip().splitlines()[-1]
+
+
+def test_images(tmp_path):
+    tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)).save_pretrained(tmp_path / "model")
+    size = {"height": 24, "width": 24}
+    processor = json.dumps({"image_processor_type": "ViTImageProcessor", "size": size})
+    (tmp_path / "model" / "preprocessor_config.json").write_text(processor)
+    shades = np.random.default_rng(0).integers(0, 80, (40, 9, 9), dtype=np.uint8)
+    shades[::2] += 150  # the class is how bright it is
+    features = datasets.Features({"pic": datasets.Image(mode="L"), "label": datasets.Value("string")})
+    rows = {"pic": list(shades), "label": ["light", "dark"] * 20}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pics.parquet")
+    given = {
+        "image_column": "pic",
+        "pruning": json.dumps({"preset": "top_k", "layers": [1], "keep_rate": 0.5}),
+        "dataset_name": str(tmp_path / "pics.parquet"),
+        "budgets": [0.7],
+    }
+    report = finetune(*parse(recipe(tmp_path, tmp_path / "out", **given)))
+    assert report["test"]["test_accuracy"] == 1.0 and len(report["labels"]) == 8
+    assert report["budgets"][0]["test_mac_ratio"] == pytest.approx(0.7, abs=0.02)
+    assert report["test"]["test_gmacs"] > 0
+    assert json.loads((tmp_path / "out" / "model" / "preprocessor_config.json").read_text())["size"] == size

@@ -198,7 +198,7 @@ def test_budgets_are_found(pruning, tmp_path):
     assert [ratio for ratio, _ in budgets] == [0.65, 0.8, 1.0]
     for ratio, _ in budgets[:2]:
         trainer.pruned.set_budget(ratio)
-        assert trainer.evaluate(trainer.train_dataset)["eval_mac_ratio"] == pytest.approx(ratio, abs=0.01)
+        assert trainer.evaluate(trainer.train_dataset)["eval_mac_ratio"] == pytest.approx(ratio, abs=0.02)
     assert budgets[2][1] == trainer.pruned.config.pruning.eased(0.0, 32).values  # 1: nothing is pruned
     with pytest.raises(ValueError, match=r"a budget \(0.1\) must be at least 0\.\d"):
         trainer_for(pruning, tmp_path, budgets=[0.1], max_steps=1).train()
