@@ -1,0 +1,94 @@
+"""A recipe and its controls: what each run is called with, what their reports say, and the command on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from hf_tokenprune.training.comparison import Recipe, summarise
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "run_comparison.py"
+TRAINED = {"learning_rate": 1e-3, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 2}
+PRUNED = {**TRAINED, "pruning": '{"preset": "top_k", "layers": [1], "keep_rate": 0.5}', "distillation_weight": 1.0}
+
+
+def write_recipe(folder: Path, **changes: dict) -> Path:
+    files = {"baseline": TRAINED, "pruned": PRUNED, "controls": {"control": {"pruning": None}}} | changes
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def test_a_control_differs_in_what_it_names(tmp_path):
+    controls = {"control": {"pruning": None}, "short": {"pruning": None, "max_length": 9, "distillation_weight": 0}}
+    recipe = Recipe.read(write_recipe(tmp_path / "recipe", controls=controls))
+    runs = {name: recipe.arguments(name, tmp_path / "seed-3", 3) for name in ("baseline", *recipe.others)}
+    assert list(runs) == ["baseline", "pruned", "control", "short"]
+    assert all(run["seed"] == 3 and Path(run["output_dir"]).name == name for name, run in runs.items())
+    baseline = str(tmp_path / "seed-3" / "baseline" / "model")
+    assert runs["pruned"]["model_name_or_path"] == runs["pruned"]["teacher_name_or_path"] == baseline
+    place = {"output_dir": str(tmp_path / "seed-3" / "control"), "pruning": None}
+    assert runs["control"] == runs["pruned"] | place
+    assert "teacher_name_or_path" not in runs["short"] and runs["short"]["max_length"] == 9
+    with pytest.raises(ValueError, match="must be given"):
+        Recipe.read(write_recipe(tmp_path / "recipe", pruned=TRAINED))
+    with pytest.raises(ValueError, match=r"control \(None\) in .* must be {pruning: null}"):
+        Recipe.read(write_recipe(tmp_path / "recipe", pruned=PRUNED, controls={"a": {}}))
+
+
+def test_rows_are_over_seeds_and_paired():
+    def report(predicted, gmacs, seed):
+        accuracy = sum(a == b for a, b in zip(predicted, [0, 1, 1, 0])) / 4
+        test = {"test_accuracy": accuracy, "test_gmacs": gmacs, "test_mac_ratio": gmacs / 4}
+        return {
+            "predicted": predicted,
+            "labels": [0, 1, 1, 0],
+            "test": test,
+            "training": {"seed": seed},
+            "train": {"train_runtime": 1.0},
+        }
+
+    control = [report([0, 1, 1, 1], 3.0, 0), report([0, 1, 1, 0], 3.0, 1)]
+    pruned = [report([0, 1, 1, 0], 1.0, 0), report([0, 1, 0, 0], 2.0, 1)]
+    row, same = summarise({"pruned": pruned, "control": control})
+    assert row["accuracies"] == [100.0, 75.0] and row["points_to_control"] == 0.0
+    assert row["interval"][0] < 0 < row["interval"][1] and same["interval"] == [0.0, 0.0]
+    assert row["gmacs"] == 1.5 and row["mac_ratio_to_unpadded"] == 0.5
+    control[0]["labels"] = [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="'pruned' must be tested on the inputs"):
+        summarise({"pruned": pruned, "control": control})
+
+
+def test_the_command(tmp_path):
+    tiny.save_text_model(tmp_path / "model")
+    rows = [json.dumps({"text": f"w{5 + i % 2} " + "w20 " * (i % 9), "label": "ab"[i % 2]}) + "\n" for i in range(30)]
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    data = {"dataset_name": str(tmp_path / "data.jsonl"), "model_name_or_path": str(tmp_path / "model")}
+    write_recipe(tmp_path / "recipe", baseline=TRAINED | data, pruned=PRUNED | data)
+    given = {"recipe": str(tmp_path / "recipe"), "output_dir": str(tmp_path / "out"), "seeds": [4], "processes": 2}
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(given | {"timed_rounds": 3}))
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "given.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    baseline, pruned, control = report["quality"]
+    assert pruned["mac_ratio_to_unpadded"] < 0.9 and control["mac_ratio_to_unpadded"] == 1.0
+    padded, by_length, unpadded, last = report["speed"]["rows"]
+    assert last["mac_ratio_to_unpadded"] == pytest.approx(pruned["mac_ratio_to_unpadded"]) and last["realised"] > 0
+    assert done.stdout == (tmp_path / "out" / "comparison.md").read_text() and "| pruned | " in done.stdout
+    report = tmp_path / "out" / "seed-4" / "pruned" / "report.json"
+    before = report.stat().st_mtime_ns
+    again = subprocess.run(
+        [*command[:2], "--recipe", given["recipe"], "--output_dir", given["output_dir"], "--seeds", "4"]
+        + ["--timed_inputs", "0"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert again.returncode == 0 and report.stat().st_mtime_ns == before  # what is done is not done again
