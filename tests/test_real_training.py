@@ -1,0 +1,74 @@
+"""Training under a budget on real texts: the soft model and the hard one that it becomes agree, and the budget is met."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainerCallback,
+    set_seed,
+)
+
+from hf_tokenprune import TokenPruneTrainer, TokenPruneTrainingArguments, prune
+from hf_tokenprune.packaged import model_path
+from hf_tokenprune.training.data import load_classification, tokenize
+from hf_tokenprune.training.finetune import accuracy
+
+
+pytestmark = pytest.mark.real
+
+TARGET = 0.45
+PRUNING = {"preset": "adaptive", "layers": [0], "threshold": 0.3}
+PRUNING["objective"] = {"name": "budget", "target_macs": TARGET}
+
+
+def test_the_soft_model_is_right_where_the_hard_one_is(tmp_path):
+    """All of training is soft, so that the two have the same weights but for the last move of the thresholds."""
+    set_seed(0)
+    source = model_path("bert-tiny")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    splits = tokenize(load_classification("20newsgroups-religion"), tokenizer, 128)
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # masks are there in training mode only
+    model = prune(AutoModelForSequenceClassification.from_pretrained(source, **quiet), PRUNING)
+    collate, right = DataCollatorWithPadding(tokenizer), []
+
+    class SoftTest(TrainerCallback):
+        @torch.no_grad()
+        def on_train_end(self, args, state, control, **kwargs):
+            model.train()
+            columns = ["input_ids", "token_type_ids", "attention_mask", "label"]
+            for rows in splits["test"].select_columns(columns).iter(32):
+                batch = collate([dict(zip(rows, row)) for row in zip(*rows.values())])
+                labels = batch.pop("labels")
+                right.extend((model(**batch)["logits"].argmax(dim=-1) == labels).tolist())
+
+    arguments = TokenPruneTrainingArguments(
+        str(tmp_path),
+        num_train_epochs=3,
+        learning_rate=3e-4,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=32,
+        soft_share=1.0,
+        pruner_learning_rate=0.05,
+        final_temperature=0.03,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = TokenPruneTrainer(
+        model,
+        arguments,
+        train_dataset=splits["train"],
+        eval_dataset=splits["test"],
+        data_collator=collate,
+        compute_metrics=accuracy,
+        callbacks=[SoftTest()],
+    )
+    trainer.train()
+    hard = trainer.evaluate()
+    print(f"soft {sum(right) / len(right):.4f}, hard {hard['eval_accuracy']:.4f}, MACs {hard['eval_mac_ratio']:.4f}")
+    assert hard["eval_accuracy"] > 0.85
+    assert hard["eval_accuracy"] == pytest.approx(sum(right) / len(right), abs=0.005)
+    assert hard["eval_mac_ratio"] == pytest.approx(TARGET, abs=0.02)
