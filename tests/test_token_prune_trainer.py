@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -63,7 +64,7 @@ def trainer_for(
     }
     rows = rows_of(case) if rows is None else rows
     args = TokenPruneTrainingArguments(str(folder), **{**defaults, **arguments})
-    model = prune(native_model(case), pruning)
+    model = pruning if isinstance(pruning, torch.nn.Module) else prune(native_model(case), pruning)
     return TokenPruneTrainer(model, args, train_dataset=rows, eval_dataset=rows, **options)
 
 
@@ -212,6 +213,33 @@ def test_the_pruner_has_a_learning_rate_of_its_own(tmp_path):
     assert groups[-1]["lr"] == 0.5 and groups[-1]["weight_decay"] == 0.0
     assert len(own) == 4 and all("token_mask" in name or "token_budget" in name for name in own)
     assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+@pytest.mark.parametrize(
+    "pruning, saved",
+    [
+        (BUDGET, ["token_mask", "token_budget"]),
+        ({"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.6}, ["token_predictor"]),
+    ],
+    ids=["budget", "dynamicvit"],
+)
+def test_adapters_and_a_pruner_that_is_saved_whole(pruning, saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = prune(native_model(), pruning)
+    start = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    lora = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=[*saved, "classifier"], task_type="SEQ_CLS")
+    arguments = {"pruner_learning_rate": 0.1, "save_strategy": "steps", "save_steps": 2, "report_to": ["tensorboard"]}
+    trainer = trainer_for(peft.get_peft_model(model, lora), tmp_path, **arguments)
+    trainer.train()
+    weights = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    moved = {name for name in weights if any(part in saved for part in name.split("."))}
+    for name in moved:  # two steps of the soft phase
+        before = start[name.removeprefix("base_model.model.")]
+        assert (weights[name] - before).abs().max() > 0, name
+    assert len(moved) == (4 if pruning is BUDGET else 20)
+    values = trainer.pruned.config.pruning.values
+    assert pruning is not BUDGET or values[0] != values[1]  # each has learned its own
+    assert list((tmp_path / "runs").rglob("events.out.*"))
 
 
 RESUMED = {

@@ -129,11 +129,16 @@ class TokenPruneModel(Prunable):
         self._hold(self, "token_budget", BudgetMultipliers() if objective and objective.name == "budget" else None)
 
     def _hold(self, owner: nn.Module, name: str, wanted: nn.Module | None) -> None:
-        """Makes `owner.name` the wanted module, or leaves the one that is there, if it started as the same."""
+        """Makes `owner.name` the wanted module, or leaves the one that is there, if it started as the same.
+
+        It may be inside another: adapters wrap what they save whole.
+        """
         held = owner._modules.get(name)
         if wanted is None:
             owner._modules.pop(name, None)
-        elif type(held) is not type(wanted) or vars(held).get("initial") != vars(wanted).get("initial"):
+            return
+        own = [module for module in (() if held is None else held.modules()) if type(module) is type(wanted)]
+        if not own or vars(own[0]).get("initial") != vars(wanted).get("initial"):
             like = next(parameter for parameter in owner.parameters())
             setattr(owner, name, wanted.to(like.device))
 
