@@ -1,4 +1,4 @@
-"""Training under a budget on real texts: the soft model and the hard one that it becomes agree, and the budget is met."""
+"""Training under a budget on real texts: the soft model agrees with the hard one that it becomes; the budget is met."""
 
 import pytest
 import torch
