@@ -131,6 +131,13 @@ def test_mistakes_are_refused_before_training(room, mistake, tmp_path):
     assert not list((tmp_path / "wrong").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("changes", [{"max_steps": 30}, {"final_temperature": 0.1}, {"max_length": 9}], ids=str)
+def test_another_run_in_the_same_folder_is_refused(room, straight, changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=rf"holds a run with {name} .*, now {value} is asked for"):
+        finetune(*parse(recipe(room, straight, **changes)))
+
+
 def test_a_mistake_ends_the_command_with_one_sentence(room, straight):
     done = run(recipe(room, straight, pruning="top_k"))
     assert done.returncode == 1 and "Traceback" not in done.stderr

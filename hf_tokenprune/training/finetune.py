@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -35,6 +36,16 @@ from ..profiling.macs import count_macs
 from .arguments import TokenPruneTrainingArguments
 from .data import load_classification, read_images, tokenize
 from .trainer import TokenPruneTrainer
+
+
+STEPS = (
+    "seed",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
 
 
 @dataclass
@@ -150,11 +161,18 @@ def check_same_run(path: Path, asked: dict, last: str | None) -> None:
     write_atomically(path, json.dumps(asked, indent=1).encode())
 
 
+def _decisive(training: TokenPruneTrainingArguments) -> dict[str, Any]:
+    """What another value of would make another run: the pruning's own arguments, and those that set the steps."""
+    stock = {each.name for each in fields(TrainingArguments)}
+    own = [each.name for each in fields(training) if each.name not in stock]
+    return {name: getattr(training, name) for name in (*own, *STEPS)}
+
+
 def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> dict:
     """Trains, tests, saves; the report."""
     folder = Path(training.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    check_same_run(folder / "run.json", asdict(arguments) | {"seed": training.seed}, last)
+    check_same_run(folder / "run.json", asdict(arguments) | _decisive(training), last)
     trainer = make_trainer(arguments, training)
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
     tested = trainer.predict(trainer.eval_dataset)
