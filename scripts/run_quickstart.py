@@ -46,7 +46,7 @@ from hf_tokenprune.profiling import Timing
 from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.profiling.macs import MacCount, count_call
-from hf_tokenprune.training.data import load_classification, tokenize
+from hf_tokenprune.data import load_classification, tokenize
 from hf_tokenprune.viz import OperatingPoint, accuracy_over_macs, document_views, render_page, write_page
 
 

@@ -1,7 +1,10 @@
 """Peak memory of one call, beyond what lay there before it."""
 
+import threading
+import time
 from collections.abc import Callable
 
+import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,3 +31,24 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def peak_resident(call: Callable[[], object], every: float = 0.0005) -> int:
+    """Bytes by which this process's resident memory grew at most while `call` ran, looked at every so many seconds."""
+    process, done = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(every)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return max(peak, process.memory_info().rss) - before

@@ -1,4 +1,4 @@
-"""Data, objectives and the trainer. `TokenPruneTrainer` is the stock `Trainer` and what pruned models learn with it."""
+"""Objectives and the trainer. `TokenPruneTrainer` is the stock `Trainer` and what pruned models learn with it."""
 
 from .arguments import TokenPruneTrainingArguments
 from .schedule import KeepRateWarmup, SoftToHard

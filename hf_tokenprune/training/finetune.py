@@ -28,13 +28,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import packaged
 from ..command_line import model_source, written_pruning
 from ..convert import prune
+from ..data import load_classification, read_images, tokenize
 from ..files import write_atomically
 from ..metrics import Accuracy
 from ..profiling.baselines import speed_table, time_against_baselines
 from ..profiling.machine import describe_machine
 from ..profiling.macs import count_macs
 from .arguments import TokenPruneTrainingArguments
-from .data import load_classification, read_images, tokenize
 from .trainer import TokenPruneTrainer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from .. import packaged
+from . import packaged
 
 
 def load_classification(

@@ -1,0 +1,182 @@
+"""What is profiled: one model three times, and the inputs that go through each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+
+from ..command_line import model_source, written_pruning
+from ..convert import prune
+from ..data import load_classification, read_images, tokenize
+from ..families import native_to_pruned
+from .arguments import ProfileArguments
+
+
+HEADS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForImageClassification": AutoModelForImageClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+DEFAULT_PRUNING = {"preset": "top_k", "keep_rate": 0.7}
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The same weights as the stock model, as our engine with nothing pruned, and pruned; and inputs on the device.
+
+    inputs: single rows, as the collator takes them. labels: their classes, where they have any.
+    """
+
+    models: dict[str, PreTrainedModel]
+    inputs: list[dict[str, Any]]
+    labels: list[int] | None
+    collate: Callable[[list], Mapping[str, torch.Tensor]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.models["pruned"].device
+
+    def lengths(self) -> list[int]:
+        """Real tokens of each text; images are all alike."""
+        return [len(row.get("input_ids", ())) for row in self.inputs]
+
+    def batches(self, size: int, *, by_length: bool = False) -> list[Batch]:
+        """All inputs, in arrival order or sorted, in batches of `size`."""
+        order = list(range(len(self.inputs)))
+        if by_length:
+            order.sort(key=self.lengths().__getitem__)
+        return [self.batch(order[first : first + size]) for first in range(0, len(order), size)]
+
+    def batch(self, rows: list[int]) -> Batch:
+        given = self.collate([self.inputs[row] for row in rows])
+        return {name: value.to(self.device) for name, value in given.items()}
+
+
+def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
+    """The models and inputs as asked for.
+
+    Raises:
+        OSError: no such model or data set.
+        TypeError: a model that cannot be pruned, listing those that can.
+        ValueError: a pruning without sites, an impossible one, or data without rows.
+    """
+    set_seed(arguments.seed)
+    source = model_source(arguments.model_name_or_path)
+    model = _load_model(source, arguments).to(device).eval()
+    images = hasattr(model.config, "patch_size")
+    tokenizer = None if images else _tokenizer(source)
+    stock = _stock(model)
+    own = getattr(model.config, "pruning", None)
+    wish = own or DEFAULT_PRUNING if arguments.pruning is None else written_pruning(arguments.pruning, tokenizer)
+    pruned = prune(stock, wish).eval()
+    if not pruned.config.pruning.sites:
+        raise ValueError("pruning (no sites) must have a layer at which tokens go: there is nothing to profile")
+    models = {"baseline": stock, "unpadded": prune(stock, None).eval(), "pruned": pruned}
+    if arguments.dataset_name is None:
+        rows = _made_up_images(arguments, model) if images else _made_up_texts(arguments, model)
+        return Subject(models, rows, None, default_data_collator if images else _padded)
+    return Subject(models, *_real_inputs(arguments, source, tokenizer))
+
+
+def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedModel:
+    given = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attn_implementation}
+    config = AutoConfig.from_pretrained(source, **arguments.overrides)
+    name = (config.architectures or ["Model"])[0]
+    auto = next((auto for head, auto in HEADS.items() if name.endswith(head)), AutoModel)
+    if arguments.random_weights:
+        return auto.from_config(config, **given)
+    return auto.from_pretrained(source, config=config, **given)
+
+
+def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """None: made-up inputs of a bare config need none."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+
+
+def _stock(model: PreTrainedModel) -> PreTrainedModel:
+    """The native model with the same weights."""
+    natives = {ours: native for native, ours in native_to_pruned().items()}
+    native = natives.get(type(model))
+    if native is None:
+        return model
+    stock = native(model.config)
+    stock.load_state_dict(model.state_dict(), strict=False)  # token predictors stay behind
+    return stock.to(device=model.device, dtype=model.dtype).eval()
+
+
+def _made_up_texts(arguments: ProfileArguments, model: PreTrainedModel) -> list[dict[str, Any]]:
+    longest, chance = model.config.max_position_embeddings, torch.Generator().manual_seed(arguments.seed)
+    if max(arguments.lengths) > longest:
+        raise ValueError(f"lengths ({max(arguments.lengths)}) must be at most {longest}: the model takes no more")
+    count = max(arguments.batch_size, *arguments.batch_sizes)
+    first = min(1000, model.config.vocab_size // 2)  # past special tokens
+    lengths = [arguments.lengths[i % len(arguments.lengths)] for i in range(count)]
+    return [
+        {"input_ids": torch.randint(first, model.config.vocab_size, (length,), generator=chance).tolist()}
+        for length in lengths
+    ]
+
+
+def _padded(rows: list[dict[str, Any]]) -> Batch:
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        mask[place, : len(row["input_ids"])] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _made_up_images(arguments: ProfileArguments, model: PreTrainedModel) -> list[dict[str, Any]]:
+    chance = torch.Generator().manual_seed(arguments.seed)
+    side = arguments.image_size or model.config.image_size
+    shape = (model.config.num_channels, side, side)
+    count = max(arguments.batch_size, *arguments.batch_sizes)
+    return [{"pixel_values": torch.randn(shape, generator=chance).to(model.dtype)} for _ in range(count)]
+
+
+def _real_inputs(
+    arguments: ProfileArguments, source: str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[dict[str, Any]], list[int], Callable]:
+    column = arguments.image_column or arguments.text_column
+    splits = load_classification(
+        arguments.dataset_name,
+        config=arguments.dataset_config,
+        input_column=column,
+        label_column=arguments.label_column,
+    )
+    test = splits["test"].shuffle(seed=arguments.seed)
+    test = test.select(range(min(arguments.max_inputs, len(test))))
+    if not len(test):
+        raise ValueError(f"{arguments.dataset_name} must have rows to test on, and has none")
+    splits["test"] = test
+    if arguments.image_column is not None:
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        rows = list(read_images(splits, processor, arguments.image_size)["test"])
+        return [{"pixel_values": row["pixel_values"]} for row in rows], test["label"], default_data_collator
+    if tokenizer is None:
+        raise ValueError(f"{arguments.model_name_or_path} must have a tokenizer to read texts")
+    rows = tokenize(splits, tokenizer, arguments.max_length)["test"]
+    taken = [name for name in tokenizer.model_input_names if name in rows.column_names]
+    return [dict(row) for row in rows.select_columns(taken)], test["label"], DataCollatorWithPadding(tokenizer)
