@@ -38,6 +38,7 @@ from transformers import (
 
 from hf_tokenprune import PruningConfig, packaged, prune
 from hf_tokenprune.command_line import model_source, written_pruning
+from hf_tokenprune.data import load_classification, tokenize
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.hub import run_in_fresh_process
 from hf_tokenprune.metrics import Accuracy, paired_bootstrap
@@ -46,7 +47,6 @@ from hf_tokenprune.profiling import Timing
 from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.profiling.macs import MacCount, count_call
-from hf_tokenprune.data import load_classification, tokenize
 from hf_tokenprune.viz import OperatingPoint, accuracy_over_macs, document_views, render_page, write_page
 
 

@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from hf_tokenprune import TokenPruneTrainer, TokenPruneTrainingArguments, prune
-from hf_tokenprune.packaged import model_path
 from hf_tokenprune.data import load_classification, tokenize
+from hf_tokenprune.packaged import model_path
 from hf_tokenprune.training.finetune import accuracy
 
 

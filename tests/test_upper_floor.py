@@ -12,10 +12,10 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_tokenprune import prune
+from hf_tokenprune.data import load_classification
 from hf_tokenprune.hub import run_in_fresh_process
 from hf_tokenprune.metrics import Accuracy, paired_bootstrap
 from hf_tokenprune.profiling import Timing, speedup, time_interleaved
-from hf_tokenprune.data import load_classification
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

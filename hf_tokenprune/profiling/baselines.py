@@ -21,6 +21,7 @@ def time_against_baselines(
     by_length: Batches,
     *,
     rounds: int,
+    seconds: float = float("inf"),
     progress: Callable = iter,
 ) -> dict[str, Timing]:
     """Times the same inputs through each model in turn.
@@ -28,6 +29,7 @@ def time_against_baselines(
     Args:
         stock: the native model, for the padded batches; the unpadded baseline has the pruned model's own weights.
         arrival, by_length: batches of the inputs, without labels, as they come and sorted by length.
+        seconds: no round is begun after so long, except the first three.
         progress: wraps the iteration over rounds, for example `tqdm`.
     """
     unpadded = prune(pruned, None).eval()
@@ -37,7 +39,7 @@ def time_against_baselines(
         "unpadded": lambda: [unpadded(**batch) for batch in arrival],
         "pruned": lambda: [pruned(**batch) for batch in arrival],
     }
-    return time_interleaved(candidates, rounds=rounds, progress=progress)
+    return time_interleaved(candidates, rounds=rounds, seconds=seconds, progress=progress)
 
 
 def speed_table(timings: Mapping[str, Timing], inputs: int, mac_ratio: float) -> list[dict[str, Any]]:

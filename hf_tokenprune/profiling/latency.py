@@ -26,6 +26,9 @@ class Timing:
         low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (self.median,) * 3
         return low, high
 
+    def percentile(self, percent: float) -> float:
+        return float(np.percentile(self.seconds, percent))
+
 
 def speedup(slow: Timing, fast: Timing) -> float:
     """The median over the rounds of slow / fast, each pair taken in the same round."""

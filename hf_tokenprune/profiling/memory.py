@@ -1,5 +1,7 @@
 """Peak memory of one call, beyond what lay there before it."""
 
+import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +38,9 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
 def peak_resident(call: Callable[[], object], every: float = 0.0005) -> int:
     """Bytes by which this process's resident memory grew at most while `call` ran, looked at every so many seconds."""
     process, done = psutil.Process(), threading.Event()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:  # glibc keeps what was freed before, and would hide what is taken now
+        trim(0)
     before = peak = process.memory_info().rss
 
     def watch() -> None:

@@ -84,10 +84,24 @@ def _draw(points: Sequence[OperatingPoint], title: str) -> Figure:
 
 
 def _new_figure(title: str) -> tuple[Figure, Axes]:
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = empty_figure(title)
+    axes.set_xlabel("giga multiply-accumulates per document", color=_INK)
+    axes.set_ylabel("accuracy", color=_INK)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    return figure, axes
+
+
+def empty_figure(title: str) -> tuple[Figure, Axes]:
+    """A titled pair of axes in this package's look.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'hf_tokenprune[viz]'") from error
 
@@ -96,9 +110,6 @@ def _new_figure(title: str) -> tuple[Figure, Axes]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12, parse_math=False, wrap=True)
-    axes.set_xlabel("giga multiply-accumulates per document", color=_INK)
-    axes.set_ylabel("accuracy", color=_INK)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.grid(color="#d1d9e0", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

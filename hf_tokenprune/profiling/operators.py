@@ -1,0 +1,136 @@
+"""One batch under torch's profiler, driven by accelerate: a table by operator, a Chrome trace, layers by name."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProfileKwargs
+from torch import nn
+from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from .macs import count_macs
+
+
+WARMUP = 2
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv2d")
+
+
+@dataclass(frozen=True)
+class OperatorProfile:
+    """What one call did.
+
+    Args:
+        table: by operator, as text.
+        trace: the Chrome trace's file.
+        layer_seconds: time inside each layer, on the accelerator where there is one.
+    """
+
+    table: str
+    trace: Path
+    layer_seconds: list[float]
+
+
+def profile_operators(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], accelerator: Accelerator, folder: Path
+) -> OperatorProfile:
+    """Profiles the third call with this batch; the trace goes into `folder`."""
+    on_device = accelerator.device.type == "cuda"
+    handler = ProfileKwargs(
+        activities=["cpu", "cuda"] if on_device else ["cpu"],
+        record_shapes=True,
+        profile_memory=True,
+        with_flops=True,
+        output_trace_dir=str(folder),
+    )
+    layers = encoder_layers(model)
+    with torch.inference_mode():
+        for _ in range(WARMUP):
+            model(**batch)
+        with _named(layers), accelerator.profile(handler) as profiler, record_function("forward"):
+            model(**batch)
+            if on_device:
+                torch.cuda.synchronize()
+    averages = profiler.key_averages()
+    time = "device_time_total" if on_device else "cpu_time_total"
+    spent = {event.key: getattr(event, time) for event in averages}
+    table = averages.table(sort_by=f"self_{time}", row_limit=60, max_name_column_width=60)
+    trace = folder / f"profile_{accelerator.process_index}.json"
+    return OperatorProfile(table, trace, [spent.get(f"layer {i}", 0.0) / 1e6 for i in range(len(layers))])
+
+
+def encoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the encoder, native or ours.
+
+    Raises:
+        ValueError: a model without a list of `num_hidden_layers` layers.
+    """
+    depth = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise ValueError(f"{type(model).__name__} must have a list of num_hidden_layers ({depth}) layers")
+
+
+@contextmanager
+def _named(layers: list[nn.Module]) -> Iterator[None]:
+    """Names each layer in the profile."""
+    open_ranges: list[record_function] = []
+
+    def enter(index: int) -> None:
+        open_ranges.append(record_function(f"layer {index}"))
+        open_ranges[-1].__enter__()
+
+    handles = []
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(lambda *_, index=index: enter(index)))
+        handles.append(layer.register_forward_hook(lambda *_: open_ranges.pop().__exit__(None, None, None)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class FlopCounts:
+    """Floating-point operations of the encoder layers on one batch, counted three ways.
+
+    Args:
+        formula: 2 x `count_macs`, from how many tokens each layer computed; padding is not counted.
+        counter: `torch.utils.flop_counter`, of what ran inside the layers.
+        profiler: matrix products that torch.profiler counted, less those outside the layers.
+    """
+
+    formula: int
+    counter: int
+    profiler: int
+
+
+def count_flops(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> FlopCounts:
+    """Counts one batch three ways; they agree where the batch has no padding or the model computes none.
+
+    The model's attention runs eagerly meanwhile: torch.profiler knows no fused attention.
+    """
+    kept = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            layers = encoder_layers(model)
+            names = {id(module): name for name, module in model.named_modules()}
+            with FlopCounterMode(display=False) as counter:
+                model(**batch)
+            counts = counter.get_flop_counts()
+            inside = sum(sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers)
+            outside = counter.get_total_flops() - inside
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler:
+                model(**batch)
+            matmuls = sum(event.flops for event in profiler.key_averages() if event.key in MATMULS)
+            formula = 2 * count_macs(model, batch).total
+    finally:
+        model.set_attn_implementation(kept)
+    return FlopCounts(formula, inside, matmuls - outside)

@@ -1,0 +1,75 @@
+"""The job of `run_profile.py`: what a model costs here as it is and pruned, in one folder."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+
+from ..viz.profile_plots import draw_profile
+from .arguments import ProfileArguments
+from .report import Report
+from .session import Session
+from .subject import load_subject
+
+
+def run_profile(arguments: ProfileArguments) -> Report:
+    """Profiles the stock model, our engine with nothing pruned and the pruned model, and writes all into a folder.
+
+    The folder gets its files when all of them are there.
+
+    Raises:
+        OSError, TypeError, ValueError: as `load_subject` has them; a device that is not there.
+        RuntimeError: out of memory with one input.
+    """
+    accelerator = _accelerator(arguments.device)
+    subject = load_subject(arguments, accelerator.device)
+    tried: list[int] = []
+
+    def halve() -> int:
+        return tried[-1] // 2
+
+    @find_executable_batch_size(starting_batch_size=arguments.batch_size, reduce_batch_size_fn=halve)
+    def measure(size: int) -> Report:
+        tried.append(size)
+        notes = [f"Out of memory in batches of {tried[0]}: halved to {size}."] if tried[1:] else []
+        with _whole_folder(Path(arguments.output_dir)) as folder:
+            report = Session(replace(arguments, batch_size=size), subject, accelerator, folder).run(notes)
+            draw_profile(report, folder)
+            (folder / "report.md").write_text(report.to_markdown())
+            (folder / "report.json").write_text(report.to_json())
+        return report
+
+    return measure()
+
+
+def _accelerator(device: str | None) -> Accelerator:
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device ({device!r}) must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device ('cuda') must be there, and torch finds no CUDA device here")
+    return Accelerator(cpu=device == "cpu")
+
+
+@contextmanager
+def _whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into, whose files go to `final` at the end, or nowhere."""
+    partial = final.with_name(f".{final.name}.{uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        final.mkdir(parents=True, exist_ok=True)
+        for path in sorted(partial.rglob("*"), key=lambda path: path.name == "report.json"):  # the report comes last
+            target = final / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

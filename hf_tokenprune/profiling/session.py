@@ -1,0 +1,190 @@
+"""What a profile measures, one thing after the other."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..convert import prune
+from ..modeling.token_outputs import EncoderCall
+from .arguments import ProfileArguments
+from .baselines import time_against_baselines
+from .latency import Timing, time_interleaved
+from .machine import describe_machine
+from .macs import MacCount, count_call
+from .memory import peak_memory, peak_resident
+from .operators import FlopCounts, count_flops, profile_operators
+from .report import Measured, Report, times, verdict
+from .subject import Batch, Subject
+
+
+CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # how far on the way from nothing pruned to all of the pruning
+
+
+class Session:
+    """The measurements, in the order of `run`."""
+
+    def __init__(self, arguments: ProfileArguments, subject: Subject, accelerator: Accelerator, folder: Path):
+        self.arguments, self.subject, self.accelerator, self.folder = arguments, subject, accelerator, folder
+        self.size = arguments.batch_size
+        self.models = subject.models
+        self.batch = subject.batch(list(range(min(self.size, len(subject.inputs)))))
+
+    def run(self, notes: list[str]) -> Report:
+        layer_seconds = self.operators()
+        macs = {name: self.macs(self.models[name]) for name in ("unpadded", "pruned")}
+        flops, flop_notes = self.flops()
+        memory = self.memory()
+        timings, by_batch_size = self.latency(), self.latency_by_batch_size()
+        left = _total(macs["pruned"]) / _total(macs["unpadded"])
+        inputs = len(self.subject.inputs)
+        measured = [
+            Measured("multiply-accumulates of an input", "stock", _total(macs["unpadded"], "unpruned") / inputs, ""),
+            *(Measured("multiply-accumulates of an input", n, _total(each) / inputs, "") for n, each in macs.items()),
+            Measured("multiply-accumulates left", "pruned over unpadded", left, ""),
+            *times(timings, inputs),
+            *memory,
+            *flops,
+        ]
+        device = describe_machine(self.subject.device)
+        return Report(
+            subject={
+                "model": self.arguments.model_name_or_path,
+                "pruning": self.models["pruned"].config.pruning.to_dict(),
+                "inputs": inputs,
+                "batch_size": self.size,
+                "arguments": vars(self.arguments),
+            },
+            where=device | {"dtype": self.arguments.dtype, "attention": self.arguments.attn_implementation},
+            measured=measured,
+            layer_seconds=layer_seconds,
+            alive={name: self.alive(self.models[name]) for name in ("unpadded", "pruned")},
+            by_batch_size=by_batch_size,
+            curve=self.curve(),
+            verdict=verdict(timings, by_batch_size, left, self.size, str(device["device"])),
+            notes=[*notes, *flop_notes],
+        )
+
+    def operators(self) -> dict[str, list[float]]:
+        """Tables and traces of one batch."""
+        seconds = {}
+        for name, model in self.models.items():
+            done = profile_operators(model, self.batch, self.accelerator, self.folder / "traces" / name)
+            (self.folder / f"profiling_{name}.txt").write_text(done.table)
+            seconds[name] = done.layer_seconds
+        return seconds
+
+    @torch.inference_mode()
+    def macs(self, model: PreTrainedModel) -> list[MacCount]:
+        counts = []
+        for batch in self.subject.batches(self.size):
+            call = EncoderCall(work=True)
+            model(**batch, encoder_call=call)
+            counts.append(count_call(call, model.config))
+        return counts
+
+    @torch.inference_mode()
+    def alive(self, model: PreTrainedModel) -> list[float]:
+        """Mean tokens of an input that leave each layer."""
+        sums = torch.zeros(model.config.num_hidden_layers)
+        for batch in self.subject.batches(self.size):
+            call = EncoderCall(work=True)
+            model(**batch, encoder_call=call)
+            sums += torch.tensor([work.feed_forward.sum().item() for work in call.layer_work])
+        return (sums / len(self.subject.inputs)).tolist()
+
+    def flops(self) -> tuple[list[Measured], list[str]]:
+        """Of the first batch, three ways."""
+        figures, notes = [], []
+        for name, model in self.models.items():
+            counts = count_flops(model, self.batch)
+            for way, value in vars(counts).items():
+                figures.append(Measured(f"FLOPs of the first batch by {way}", name, value, ""))
+            if name != "baseline" and not _agree(counts):
+                notes.append(f"The three counts of the {name} model's FLOPs differ by more than 1 %: {counts}.")
+        return figures, notes
+
+    def memory(self) -> list[Measured]:
+        figures = []
+        for name, model in self.models.items():
+
+            @torch.inference_mode()
+            def call(model: PreTrainedModel = model) -> None:
+                model(**self.batch)
+
+            call()
+            peak = peak_memory(call, self.subject.device)
+            figures.append(Measured("peak memory allocated by the first batch", name, peak / 2**20, "MiB"))
+            if self.subject.device.type == "cpu":
+                resident = peak_resident(call)
+                figures.append(Measured("growth of resident memory in the first batch", name, resident / 2**20, "MiB"))
+            else:
+                reserved = torch.accelerator.max_memory_reserved(self.subject.device)
+                figures.append(Measured("peak memory reserved", name, reserved / 2**20, "MiB"))
+        return figures
+
+    def latency(self) -> dict[str, Timing]:
+        arrival, by_length = (self.subject.batches(self.size, by_length=order) for order in (False, True))
+        return time_against_baselines(
+            self.models["baseline"],
+            self.models["pruned"],
+            arrival,
+            by_length,
+            rounds=self.arguments.rounds,
+            seconds=self.arguments.seconds,
+            progress=lambda steps: tqdm(steps, desc="rounds"),
+        )
+
+    def latency_by_batch_size(self) -> dict[int, dict[str, Timing]]:
+        """Of one batch of each size that there are inputs for."""
+        timings = {}
+        for size in sorted({*self.arguments.batch_sizes, self.size}):
+            if size > len(self.subject.inputs):
+                continue
+            batch = self.subject.batch(list(range(size)))
+            calls = {name: _call(model, batch) for name, model in self.models.items()}
+            calls["padded"] = calls.pop("baseline")
+            with torch.inference_mode():
+                timings[size] = time_interleaved(
+                    calls,
+                    rounds=self.arguments.rounds,
+                    seconds=self.arguments.seconds,
+                    progress=lambda steps, size=size: tqdm(steps, desc=f"batches of {size}"),
+                )
+        return timings
+
+    @torch.inference_mode()
+    def curve(self) -> list[dict[str, float]]:
+        """Accuracy and MACs on the way from nothing pruned to all of the pruning, where there are labels."""
+        if self.subject.labels is None:
+            return []
+        pruned, labels = self.models["pruned"], torch.tensor(self.subject.labels)
+        pruning, longest = pruned.config.pruning, pruned.base_model.longest_input
+        points = []
+        for progress in CURVE:
+            model = prune(pruned, replace(pruning, budgets=(), objective=None).eased(progress, longest)).eval()
+            predicted, macs = [], 0
+            for batch in self.subject.batches(self.size):
+                call = EncoderCall(work=True)
+                predicted.append(model(**batch, encoder_call=call).logits.argmax(dim=-1).cpu())
+                macs += count_call(call, model.config).total
+            right = (torch.cat(predicted) == labels).float().mean().item()
+            points.append({"progress": progress, "macs": macs / len(labels), "accuracy": right, "n": len(labels)})
+        return points
+
+
+def _call(model: PreTrainedModel, batch: Batch) -> Callable[[], object]:
+    return lambda: model(**batch)
+
+
+def _total(counts: list[MacCount], which: str = "total") -> int:
+    return sum(getattr(count, which) for count in counts)
+
+
+def _agree(counts: FlopCounts) -> bool:
+    values = list(vars(counts).values())
+    return max(values) <= 1.01 * min(values)

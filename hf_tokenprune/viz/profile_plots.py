@@ -1,0 +1,90 @@
+"""Pictures of a profile: time and tokens by layer, memory, latency over batch size, accuracy over MACs."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import write_atomically
+from .plots import OperatingPoint, accuracy_over_macs, empty_figure
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ..profiling.report import Report
+
+COLOURS = {"baseline": "#8c959f", "padded": "#8c959f", "stock": "#8c959f", "unpadded": "#57606a", "pruned": "#0b6e8f"}
+MIB = "peak memory allocated by the first batch"
+
+
+def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draws what the report holds, one PNG each.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    folder, model = Path(folder), report.subject["model"]
+    milliseconds = {name: [1e3 * second for second in row] for name, row in report.layer_seconds.items()}
+    memory = {each.model: [each.value] for each in report.measured if each.what == MIB}
+    sizes = {
+        name: [(size, 1e3 * timings[name].median / size) for size, timings in report.by_batch_size.items()]
+        for name in next(iter(report.by_batch_size.values()))
+    }
+    drawn = [
+        _picture(folder / "time_per_layer.png", f"Time inside each layer: {model}", "layer", "ms", _bars(milliseconds)),
+        _picture(
+            folder / "tokens_per_layer.png", f"Tokens that leave each layer: {model}", "layer", "mean tokens",
+            _bars(report.alive),
+        ),
+        _picture(folder / "memory.png", f"Peak memory of the first batch: {model}", "", "MiB", _bars(memory)),
+        _picture(
+            folder / "latency_over_batch_size.png", f"Latency over batch size: {model}", "inputs a batch",
+            "ms per input", _lines(sizes),
+        ),
+    ]  # fmt: skip
+    if report.curve:
+        points = [
+            OperatingPoint(f"{100 * point['progress']:.0f} % pruned", point["macs"] / 1e9, point["accuracy"])
+            for point in report.curve
+        ]
+        drawn.append(accuracy_over_macs(points, folder / "accuracy_over_macs.png", title=f"Training-free: {model}"))
+    return drawn
+
+
+def _picture(path: Path, title: str, x: str, y: str, draw: Callable[[Axes], None]) -> Path:
+    figure, axes = empty_figure(title)
+    draw(axes)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return write_atomically(path, content.getvalue())
+
+
+def _bars(rows: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
+    """Groups of bars, one group for each place in the rows."""
+
+    def draw(axes: Axes) -> None:
+        width, groups = 0.8 / len(rows), len(next(iter(rows.values())))
+        for index, (name, values) in enumerate(rows.items()):
+            places = [group - 0.4 + (index + 0.5) * width for group in range(groups)]
+            axes.bar(places, values, width, label=name, color=COLOURS[name])
+        axes.set_xticks(range(groups) if groups > 1 else [])
+
+    return draw
+
+
+def _lines(rows: Mapping[str, Sequence[tuple[float, float]]]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for name, points in rows.items():
+            axes.plot(*zip(*points), marker="o", label=name, color=COLOURS[name])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([size for size, _ in points], [str(size) for size, _ in points])
+
+    return draw
