@@ -129,7 +129,7 @@ def _made_up_texts(arguments: ProfileArguments, model: PreTrainedModel) -> list[
     longest, chance = model.config.max_position_embeddings, torch.Generator().manual_seed(arguments.seed)
     if max(arguments.lengths) > longest:
         raise ValueError(f"lengths ({max(arguments.lengths)}) must be at most {longest}: the model takes no more")
-    count = max(arguments.batch_size, *arguments.batch_sizes)
+    count = max([arguments.batch_size, *arguments.batch_sizes])
     first = min(1000, model.config.vocab_size // 2)  # past special tokens
     lengths = [arguments.lengths[i % len(arguments.lengths)] for i in range(count)]
     return [
@@ -152,7 +152,7 @@ def _made_up_images(arguments: ProfileArguments, model: PreTrainedModel) -> list
     chance = torch.Generator().manual_seed(arguments.seed)
     side = arguments.image_size or model.config.image_size
     shape = (model.config.num_channels, side, side)
-    count = max(arguments.batch_size, *arguments.batch_sizes)
+    count = max([arguments.batch_size, *arguments.batch_sizes])
     return [{"pixel_values": torch.randn(shape, generator=chance).to(model.dtype)} for _ in range(count)]
 
 

@@ -27,9 +27,9 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    folder, model = Path(folder), report.subject["model"]
+    folder, model = Path(folder), Path(report.subject["model"]).name
     milliseconds = {name: [1e3 * second for second in row] for name, row in report.layer_seconds.items()}
-    memory = {each.model: [each.value] for each in report.measured if each.what == MIB}
+    memory = {each.model: each.value for each in report.measured if each.what == MIB}
     sizes = {
         name: [(size, 1e3 * timings[name].median / size) for size, timings in report.by_batch_size.items()]
         for name in next(iter(report.by_batch_size.values()))
@@ -40,7 +40,7 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
             folder / "tokens_per_layer.png", f"Tokens that leave each layer: {model}", "layer", "mean tokens",
             _bars(report.alive),
         ),
-        _picture(folder / "memory.png", f"Peak memory of the first batch: {model}", "", "MiB", _bars(memory)),
+        _picture(folder / "memory.png", f"Peak memory of the first batch: {model}", "", "MiB", _named_bars(memory)),
         _picture(
             folder / "latency_over_batch_size.png", f"Latency over batch size: {model}", "inputs a batch",
             "ms per input", _lines(sizes),
@@ -61,7 +61,8 @@ def _picture(path: Path, title: str, x: str, y: str, draw: Callable[[Axes], None
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return write_atomically(path, content.getvalue())
@@ -75,9 +76,13 @@ def _bars(rows: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
         for index, (name, values) in enumerate(rows.items()):
             places = [group - 0.4 + (index + 0.5) * width for group in range(groups)]
             axes.bar(places, values, width, label=name, color=COLOURS[name])
-        axes.set_xticks(range(groups) if groups > 1 else [])
+        axes.set_xticks(range(groups))
 
     return draw
+
+
+def _named_bars(values: Mapping[str, float]) -> Callable[[Axes], None]:
+    return lambda axes: axes.bar(list(values), list(values.values()), 0.5, color=[COLOURS[name] for name in values])
 
 
 def _lines(rows: Mapping[str, Sequence[tuple[float, float]]]) -> Callable[[Axes], None]:

@@ -1,0 +1,140 @@
+"""`run_profile`: every figure says what it is, three ways of counting agree, and what goes wrong is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import Dinov2Model, ViTForImageClassification
+
+from hf_tokenprune import count_macs, prune
+from hf_tokenprune.profiling import peak_memory
+from hf_tokenprune.profiling.arguments import ProfileArguments
+from hf_tokenprune.profiling.memory import peak_resident
+from hf_tokenprune.profiling.operators import count_flops
+from hf_tokenprune.profiling.run import run_profile
+from hf_tokenprune.profiling.session import Session
+
+
+PRUNING = {"preset": "top_k", "layers": [1, 2], "keep_rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profiled")
+    tiny.save_text_model(folder)
+    return folder
+
+
+def profile(model: Path, output: Path, **changes: Any) -> Any:
+    given = {"pruning": json.dumps(PRUNING), "lengths": [30, 12, 21], "rounds": 3, "batch_sizes": [1], "device": "cpu"}
+    return run_profile(ProfileArguments(str(model), str(output), **given | changes))
+
+
+def test_a_folder_with_everything(model, tmp_path):
+    rows = [json.dumps({"text": "w20 " * (3 + i % 20), "label": "abc"[i % 3]}) + "\n" for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    report = profile(model, tmp_path / "out", dataset_name=str(tmp_path / "data.jsonl"), max_inputs=10)
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert names == {
+        *(f"profiling_{name}.txt" for name in ("baseline", "unpadded", "pruned")),
+        *(f"traces/{name}/profile_0.json" for name in ("baseline", "unpadded", "pruned")),
+        *(f"{name}.png" for name in ("time_per_layer", "tokens_per_layer", "memory", "latency_over_batch_size")),
+        *("accuracy_over_macs.png", "report.md", "report.json"),
+    }
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    for figure in written["measured"]:
+        assert figure["what"] and figure["model"] and figure["n"] >= 1 and figure["value"] > -1, figure
+    assert {"processor", "threads", "device", "dtype", "torch", "transformers"} <= set(written["where"])
+    times = [each for each in written["measured"] if each["unit"] in ("ms", "x", "inputs/s")]
+    assert len(times) == 11 and all(each["n"] == 3 and each["spread"] for each in times)
+    assert {each["n"] for each in written["curve"]} == {10} and len(written["by_batch_size"]) == 6
+    assert written["curve"][0]["macs"] > written["curve"][-1]["macs"]
+    trace = json.loads((tmp_path / "out" / "traces" / "pruned" / "profile_0.json").read_text())
+    named = {event["name"] for event in trace["traceEvents"] if "name" in event}
+    assert {"forward", "layer 0", "layer 3", "tokenprune: layer 1"} <= named
+    assert "aten::addmm" in (tmp_path / "out" / "profiling_pruned.txt").read_text()
+    assert report.verdict.startswith(("Worth it: ", "Not worth it: ")) and report.verdict in report.to_markdown()
+    assert report.alive["pruned"][2] < report.alive["pruned"][1] < report.alive["unpadded"][1]
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("execution", tiny.EXECUTIONS[:2])
+@pytest.mark.parametrize("case", tiny.HEADS[:1] + [pytest.param(tiny.Case(Dinov2Model, tiny.DINOV2), id="Dinov2Model")])
+def test_three_ways_of_counting_agree(case, execution):
+    native = tiny.build(case)
+    inputs = tiny.text_inputs([30, 30]) if case.text else tiny.image_inputs(2)  # padding is arithmetic to the counters
+    for model in (native, prune(native, None), prune(native, {**PRUNING, "execution": execution})):
+        counts = count_flops(model, inputs)
+        assert counts.formula == 2 * count_macs(model, inputs).total
+        assert counts.counter == pytest.approx(counts.formula, rel=0.01)
+        assert counts.profiler == pytest.approx(counts.formula, rel=0.01)
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_memory_is_what_was_held():
+    def call() -> None:
+        torch.ones(8 << 20).add(1)  # two tensors of 32 MiB
+
+    assert peak_memory(call) == pytest.approx(64 << 20, abs=1024)
+    assert 60 << 20 < peak_resident(call) < 80 << 20
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(model, tmp_path, monkeypatch):
+    run = Session.run
+
+    def short_of_memory(self: Session, notes: list[str]) -> Any:
+        if self.size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+        return run(self, notes)
+
+    monkeypatch.setattr(Session, "run", short_of_memory)
+    report = profile(model, tmp_path / "out", batch_size=8)
+    assert report.subject["batch_size"] == 2
+    assert "Out of memory in batches of 8: halved to 2." in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("old")
+
+    def interrupt(self: Session) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "latency", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        profile(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["report.json"]
+    assert (tmp_path / "out" / "report.json").read_text() == "old"
+
+
+MISTAKES = {
+    "device": ({"device": "cuda"}, "torch finds no CUDA device here"),
+    "sites": ({"pruning": '{"stages": [], "format_version": 1}'}, "no sites"),
+    "length": ({"lengths": [4000]}, "lengths (4000) must be at most 64"),
+    "batch": ({"batch_size": 0}, "batch_size (0) must be at least 1"),
+    "dtype": ({"dtype": "int8"}, "dtype ('int8') must be one of float32"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(model, tmp_path, mistake):
+    changes, words = MISTAKES[mistake]
+    if mistake == "device" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError) as error:
+        profile(model, tmp_path / "out", **changes)
+    assert words in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_shapes_without_weights_and_checkpoints_that_are_pruned(model, tmp_path):
+    pruned = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), PRUNING)
+    pruned.save_pretrained(tmp_path / "pruned")
+    report = profile(tmp_path / "pruned", tmp_path / "a", pruning=None, batch_size=2, batch_sizes=[])
+    assert report.subject["pruning"] == pruned.config.pruning.to_dict()
+    report = profile(
+        model, tmp_path / "b", random_weights=True, config_overrides='{"num_hidden_layers": 6}', batch_size=2
+    )
+    assert len(report.layer_seconds["baseline"]) == 6
