@@ -106,7 +106,7 @@ class Session:
                 figures.append(Measured(f"FLOPs of the first batch by {way}", name, value, ""))
             if not _agree(counts) and name == "baseline":
                 notes.append(
-                    "FLOPs by counter and profiler have the stock model's padding in them, the formula has not."
+                    "Counter and profiler have the stock model's padding in its FLOPs, the formula has not."
                 )
             elif not _agree(counts):
                 notes.append(f"The three counts of the {name} model's FLOPs differ by more than 1 %: {counts}.")
