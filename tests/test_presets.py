@@ -1,5 +1,6 @@
 """The invariants of every preset: families x presets x executions, one table."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +25,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import BertForSequenceClassification, BertModel, PreTrainedModel, ViTForImageClassification
 
+from hf_tokenprune import prune
 from hf_tokenprune.hub import run_in_fresh_process
+from hf_tokenprune.modeling.saliency import TokenPredictor
 from hf_tokenprune.modeling.token_layer import TokenPruneLayer
 
 
@@ -287,3 +290,28 @@ def test_images_alone(method):
     with torch.no_grad():
         whole = model(**inputs).logits
         _close(model(pixel_values=inputs["pixel_values"][1:2]).logits, whole[1:2])
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_ties_of_a_predictor_do_not_see_the_padding(execution):
+    """A predictor that likes all tokens alike: how torch sorts ties depends on how many there are."""
+    case = Case(BertForSequenceClassification, BERT)
+    pruning = {"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.5, "execution": execution}
+    model = prune(build(case), pruning).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "token_predictor" in name:
+                parameter.zero_()
+        batch = text_inputs([60, 37, 23], padding=3)
+        together = model(**batch, output_token_trace=True).token_trace.source
+        for row, length in enumerate([60, 37, 23]):
+            alone = {name: value[row : row + 1, :length] for name, value in batch.items()}
+            source = model(**alone, output_token_trace=True).token_trace.source[:, 0]
+            assert torch.equal(source, together[:, row, :length])
+
+
+def test_predictors_of_half_models_compute_in_float32():
+    predictor = TokenPredictor(32).half()
+    rows = torch.randn(2, 9, 32).half()
+    expected = copy.deepcopy(predictor).float()(rows.float())
+    assert torch.equal(predictor(rows), expected)

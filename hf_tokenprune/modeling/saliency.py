@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .selection import GRID, Scores, best_rows
-from .token_layout import Layout, PackedRows, gather_rows, parted
+from .token_layout import Layout, PackedRows, gather_rows, parted, shapes_only
 from .token_state import TokenState
 
 
@@ -139,9 +139,12 @@ class TokenPredictor(nn.Module):
             counted: the rows that the mean is over, bool [b, n], or how much each of them counts; None: all.
 
         Returns:
-            [b, n, 2]
+            [b, n, 2], in float32 for half weights, too.
         """
-        x = x.to(self.in_conv[0].weight.dtype)  # under autocast hidden states may be narrower
+        if self.in_conv[0].weight.dtype in (torch.float16, torch.bfloat16):
+            wide = {name: parameter.float() for name, parameter in self.named_parameters()}
+            return torch.func.functional_call(self, wide, (x, counted))
+        x = x.to(self.in_conv[0].weight.dtype)  # hidden states may be narrower
         local, whole = self.in_conv(x).chunk(2, dim=-1)
         if counted is None:
             mean = whole.sum(dim=1, keepdim=True) / max(whole.shape[1], 1)
@@ -158,6 +161,7 @@ def learned_scores(predictor: TokenPredictor, hidden: torch.Tensor, state: Token
 
     An untrained predictor tells tokens apart by no more than rounding. To keep the reference's tokens even then, rows
     are ranked as it ranks them, ties as torch sorts them, and go on in that order, in which the next mean is summed.
+    How torch sorts ties depends on how many rows there are, so each sample is scored without what pads it.
 
     hidden: [.., D] laid out as the state's rows.
     """
@@ -165,15 +169,15 @@ def learned_scores(predictor: TokenPredictor, hidden: torch.Tensor, state: Token
 
     def score(_: slice, alive: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
         if alive is None:
-            stays = predictor(hidden[:, prefix:])[..., 0].double()
+            stays = predictor(hidden[:, prefix:])[..., 0]
         else:
             counted = alive & (alive.cumsum(dim=1) > prefix)
-            stays = predictor(hidden, counted)[..., 0].double().masked_fill(~counted, -torch.inf)
+            stays = predictor(hidden, counted)[..., 0].masked_fill(~counted, -torch.inf)
         place = stays.detach().argsort(dim=1, descending=True).argsort(dim=1)
-        both = torch.stack([_shares(stays.exp(), alive), place.double()], dim=-1)
+        both = torch.stack([_shares(stays.exp(), alive), place.to(stays.dtype)], dim=-1)
         return nn.functional.pad(both, (0, 0, prefix if alive is None else 0, 0))
 
-    shares, place = _scores(score, state.layout, hidden).unbind(dim=-1)
+    shares, place = _scores(score, state.layout, hidden, alone=not shapes_only()).unbind(dim=-1)
     place = place.detach().masked_fill(~state.alive, torch.inf).masked_fill(state.held, -torch.inf)
     return Scores(shares, ranking=best_rows(-place, shares.shape[1]))
 
@@ -267,10 +271,11 @@ def _shares(x: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
     return torch.where(total > 0, x, there) / torch.where(total > 0, total, there.sum(dim=1, keepdim=True))
 
 
-def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor) -> torch.Tensor:
+def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor, alone: bool = False) -> torch.Tensor:
     """Scores [B, K] of ragged rows: a run of equal lengths at a time on a CPU, padded for the score alone elsewhere.
 
     Args:
+        alone: every sample without padding wherever it lies.
         score: `(samples, alive [b, n] or None, *parts [b, n, ..]) -> [b, n, ..]`.
         x: laid out as `rows`.
     """
@@ -278,13 +283,25 @@ def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor) 
     with without_autocast(x[0]):
         if rows.full:
             return score(everyone, None, *map(rows.spread, x))
-        if not isinstance(rows, PackedRows) or x[0].is_cuda:
+        if alone and not isinstance(rows, PackedRows):
+            return _scores_alone(score, rows.alive, *map(rows.spread, x))
+        if not isinstance(rows, PackedRows) or (x[0].is_cuda and not alone):
             return score(everyone, rows.alive, *map(rows.spread, x))
         runs = rows.runs(rows)
         given = zip(*(parted(part, runs, "keys") for part in x))
         parts = [score(run.samples, None, *each) for run, each in zip(runs, given)]
         behind = (0, 0) * (parts[0].dim() - 2)
         return torch.cat([nn.functional.pad(part, (*behind, 0, rows.rows - part.shape[1])) for part in parts])
+
+
+def _scores_alone(score: Callable[..., torch.Tensor], alive: torch.Tensor, *x: torch.Tensor) -> torch.Tensor:
+    """`score` of each sample's alive rows; dead rows have none, 0. x: [B, K, ..]."""
+    parts = []
+    for sample, rows in enumerate(alive):
+        one = slice(sample, sample + 1)
+        (own,) = score(one, None, *(each[one, rows] for each in x))
+        parts.append(own.new_zeros(rows.shape[0], *own.shape[1:]).index_put((rows.nonzero()[:, 0],), own))
+    return torch.stack(parts)
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager:

@@ -196,10 +196,13 @@ def _least_key(state: TokenState, site: Site) -> Any:
 
 def _mass_counts(keys: torch.Tensor, scores: Scores, state: TokenState, share: float) -> torch.Tensor:  # [B]
     """The fewest rows, protected ones first, whose saliency sums to `share` of all."""
-    best = scores.saliency.detach().gather(1, _order(keys, scores, keys.shape[1])).double()
-    units = (best * GRID * GRID).round()
+    best = scores.saliency.detach().gather(1, _order(keys, scores, keys.shape[1]))
+    units = (
+        (best * GRID * GRID).round().long()
+    )  # integers add up alike in every order, and some devices know no float64
     before = units.cumsum(dim=1) - units
-    needed = (before < share * units.sum(dim=1, keepdim=True)).sum(dim=1)
+    wanted = units.sum(dim=1, keepdim=True) * int(share * GRID) // int(GRID)
+    needed = (before < wanted).sum(dim=1)
     return needed.maximum(state.held.sum(dim=1))
 
 

@@ -105,9 +105,7 @@ class Session:
             for way, value in vars(counts).items():
                 figures.append(Measured(f"FLOPs of the first batch by {way}", name, value, ""))
             if not _agree(counts) and name == "baseline":
-                notes.append(
-                    "Counter and profiler have the stock model's padding in its FLOPs, the formula has not."
-                )
+                notes.append("Counter and profiler have the stock model's padding in its FLOPs, the formula has not.")
             elif not _agree(counts):
                 notes.append(f"The three counts of the {name} model's FLOPs differ by more than 1 %: {counts}.")
         return figures, notes
