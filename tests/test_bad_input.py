@@ -57,6 +57,7 @@ def protected() -> PreTrainedModel:
 
 
 # What is wrong, the call, the exception, what its message says.
+PACKED = {"preset": "top_k", "execution": "packed"}
 CALLS = [
     ("too long", lambda: model(TEXT)(ids(1, 65)), ValueError, ["65", "64", "max_position_embeddings", "truncate"]),
     (
@@ -126,6 +127,24 @@ CALLS = [
         ValueError,
         ["protected_token_ids", "[3, 4]", "input_ids"],
     ),
+    (
+        "protected ids of images",
+        lambda: prune(tiny.build(IMAGE), {"preset": "top_k", "protected_token_ids": [3]}),
+        ValueError,
+        ["protected_token_ids ([3])", "no token ids"],
+    ),
+    (
+        "kept tokens of a head",
+        lambda: model(TEXT)(ids(1, 5), restore=False),
+        ValueError,
+        ["restore (False)", "head"],
+    ),
+    (
+        "packed under compile",
+        lambda: torch.compile(prune(tiny.build(TEXT), PACKED), backend="eager")(ids(1, 5)),
+        ValueError,
+        ["execution ('packed')", "compile"],
+    ),
     ("another family", lambda: prune(roberta(), TOP_K), TypeError, ["RobertaModel", "BertModel", "ViTModel"]),
 ]
 
@@ -146,7 +165,7 @@ PRUNINGS_REFUSED = [
     (
         "thresholds that do not fit",
         {"preset": "adaptive", "layers": [1, 2], "threshold": [0.1]},
-        ["values ([0.1])", "one per layer", "2"],
+        ["threshold ([0.1])", "one per layer", "2"],
     ),
     ("rising schedule", stage(values=[0.5, 0.6]), ["keep_rate ([0.5, 0.6])", "must not rise"]),
     ("layers out of order", stage(layers=[2, 1]), ["layers ([2, 1])", "rise"]),

@@ -1,5 +1,7 @@
 """`plan`: the target that is asked for is the one that is met, or what stands in the way is said."""
 
+import copy
+
 import pytest
 import torch
 from tiny import BASES, BERT, HEADS, Case, build, image_inputs, inputs_for, text_inputs
@@ -171,3 +173,26 @@ def test_targets_that_make_no_sense(targets, words):
     with pytest.raises(ValueError) as error:
         plan(build(TEXT), _long(TEXT), **targets)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_model_in_training_is_measured_as_it_will_serve(clock):
+    clock(lambda rate: 0.4 + 1.6 * rate)
+    config = copy.deepcopy(BERT)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.5
+    native, inputs = build(Case(BertForSequenceClassification, config)), _long(TEXT)
+    common = {"protected_token_ids": [3], "min_tokens": 4}
+    wishes = [{"target_macs": 0.5}, {"target_speedup": 1.3}]
+    quiet = [plan(native, inputs, **wish, **common) for wish in wishes]
+    found = calibrate(native, [inputs], target_macs=0.5)
+    native.train()
+    native.bert.pooler.eval()  # frozen by its user
+    assert [plan(native, inputs, **wish, **common) for wish in wishes] == quiet
+    assert calibrate(native, [inputs], target_macs=0.5) == found
+    assert native.training and native.bert.encoder.layer[0].training and not native.bert.pooler.training
+
+
+def test_a_curve_is_of_the_pruning_that_is_planned(clock):
+    measured = clock(lambda rate: 0.4 + 1.6 * rate)
+    for common in ({}, {"min_tokens": 9}):
+        plan(build(TEXT), _long(TEXT), target_speedup=1.3, **common)
+    assert len(measured) == 2  # another pruning is another curve

@@ -261,6 +261,17 @@ def test_saved_and_loaded(case, method, tmp_path):
         assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
 
 
+def test_predictors_that_are_not_used_stay_behind_and_come_back(tmp_path):
+    model = pruned(build(Case(BertForSequenceClassification, BERT)), METHODS["dynamicvit"])
+    with_them, weights = model.config.pruning, copy.deepcopy(model.state_dict())
+    model.set_pruning(None)
+    model.save_pretrained(tmp_path)
+    _, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    model.set_pruning(with_them)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "case, method",
     [

@@ -75,6 +75,11 @@ REFUSED = {
     "r": (lambda: PruningConfig.preset("tome", r=-3), ["r (-3)", ">= 0"]),
     "r float": (lambda: PruningConfig.preset("tome", r=2.5), ["2.5", "integer"]),
     "inflect": (lambda: PruningConfig.preset("tome", r=(8, 3)), ["inflect (3", "[-1, 1]"]),
+    "inflect true": (lambda: PruningConfig.preset("tome", r=(2, True)), ["(True)"]),
+    "prune_kept rises": (
+        lambda: PruningConfig.preset("diffrate", prune_kept=[9, 12], merge_kept=[8, 7]),
+        ["prune_kept ([9, 12])", "not rise"],
+    ),
     "r list": (lambda: PruningConfig.preset("tome", r=[3, 1, "4"]), ["'4'", "integer"]),
     "r for too many layers": (lambda: PruningConfig.preset("tome", r=[3] * 5).resolve(4), ["layer (4)", "[0, 3]"]),
     "proportional": (

@@ -17,6 +17,7 @@ class TokenPruneConfigMixin:
     family_auto_map: dict[str, tuple[str, ...]] = {}
     must_be_false: tuple[str, ...] = ()
     class_token = True
+    token_ids = False
 
     def __setattr__(self, key: str, value: Any) -> None:
         """Checks on assignment, because `from_pretrained(..., name=value)` assigns to a finished config.
@@ -30,6 +31,11 @@ class TokenPruneConfigMixin:
             value = PruningConfig.coerce(value, self.num_hidden_layers)
             if value is not None and not self.class_token:
                 value.check_class_token()
+            if value is not None and value.protected_token_ids and not self.token_ids:
+                raise ValueError(
+                    f"protected_token_ids ({list(value.protected_token_ids)}) must be empty: {self.model_type} has no "
+                    "token ids"
+                )
         elif key == "num_hidden_layers" and self.pruning is not None:
             self.pruning.resolve(value)
         super().__setattr__(key, value)

@@ -71,9 +71,23 @@ class Prunable:
         """Saves under the current parameter names, which stock models load as well as the old ones.
 
         `Trainer` puts a checkpoint back with `load_state_dict`, which knows no old names: saved with those, resuming
-        and `load_best_model_at_end` would restore nothing.
+        and `load_best_model_at_end` would restore nothing. Token predictors that the pruning does not use stay behind.
         """
+        unused = tuple(f"{name}.token_predictor." for name in self._unused_predictors())
+        if unused:
+            weights = kwargs.pop("state_dict", None) or self.state_dict()
+            kwargs["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(unused)}
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    def _unused_predictors(self) -> list[str]:
+        """Names of the layers with a token predictor whose site does not ask it."""
+        sites = {} if self.config.pruning is None else self.config.pruning.sites
+        names = {id(module): name for name, module in self.named_modules()}
+        return [
+            names[id(layer)]
+            for index, layer in enumerate(self.base_model.token_layers())
+            if layer.predictor is not None and (index not in sites or sites[index].saliency != "learned")
+        ]
 
 
 class TokenPruneModel(Prunable):
@@ -229,6 +243,8 @@ class TokenPruneModel(Prunable):
         drop_path = getattr(self.config, "drop_path_rate", 0.0) if self.training else 0.0
         if execution == "auto":
             return "padded" if drop_path or shapes_only() else "packed"
+        if execution == "packed" and shapes_only():
+            raise ValueError("execution ('packed') must be 'auto' or 'padded' under compile and export")
         if execution == "packed" and drop_path:
             raise ValueError(
                 f"execution ('packed') must be 'auto' or 'padded' to train with drop_path_rate ({drop_path})"
@@ -387,7 +403,13 @@ class TokenPruneHead(Prunable):
     reads_first_token_only = False
 
     def run_head(self, native_forward: Callable, output_token_trace: bool | None, **inputs: Any) -> Any:
-        """The native head's forward over our base model, its output with the trace."""
+        """The native head's forward over our base model, its output with the trace.
+
+        Raises:
+            ValueError: `restore=False`, which is for base models: a head reads the restored sequence.
+        """
+        if not inputs.pop("restore", True):
+            raise ValueError("restore (False) must be True with a head, which reads the restored sequence")
         call = inputs.pop("encoder_call", None) or EncoderCall()
         call.first_token_only = self.reads_first_token_only
         call.trace = call.trace or bool(output_token_trace)

@@ -41,6 +41,7 @@ class TokenPruneBertConfig(TokenPruneConfigMixin, BertConfig):
     model_type = "tokenprune_bert"
     keys_to_ignore_at_inference = ["past_key_values", *EXTRA_FIELDS]
     must_be_false = ("is_decoder", "add_cross_attention")
+    token_ids = True
     pruning: Any = None
 
 

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from .pruning_stage import (
+    RULES,
     PruningStage,
     check_bool,
-    check_count,
     check_number,
     check_rate,
     check_removed,
@@ -42,12 +42,15 @@ def _compounded(keep_rate: float, sites: int) -> list[float]:
 def _each_site(name: str, value: Any, layers: Sequence[int], check: Callable[[str, Any], Any]) -> list:
     """One value for all sites, or one per site."""
     values = [value] * len(layers) if isinstance(value, Real) else check_sequence(name, value)
+    if len(values) != len(layers):
+        raise ValueError(f"{name} ({list(values)}) must be one per layer, and there are {len(layers)}")
     return [check(name, one) for one in values]
 
 
-def _each_layer(name: str, values: Any, check: Callable[[str, Any], Any]) -> tuple[range, list]:
-    """The layers that a list of values, one per layer, is for."""
-    values = [check(name, value) for value in check_sequence(name, values)]
+def _each_layer(name: str, values: Any, rule: str) -> tuple[range, list]:
+    """The layers that a list of values for a rule, one per layer, is for."""
+    values = [RULES[rule].check(name, value) for value in check_sequence(name, values)]
+    RULES[rule].check_order(name, values)
     return range(len(values)), values
 
 
@@ -113,8 +116,8 @@ def _diffrate(*, prune_kept: Sequence[int], merge_kept: Sequence[int]) -> dict[s
 
     One number per layer, special tokens counted. DiffRate, ICCV 2023.
     """
-    layers, cut = _each_layer("prune_kept", prune_kept, check_count)
-    _, kept = _each_layer("merge_kept", merge_kept, check_count)
+    layers, cut = _each_layer("prune_kept", prune_kept, "keep_count")
+    _, kept = _each_layer("merge_kept", merge_kept, "keep_count")
     stage = PruningStage(layers, "cls_attention", "keep_count", kept, "merge_mean", cut=cut)
     return {"stages": [stage], "proportional_attention": True}
 
@@ -132,7 +135,7 @@ def _dynamicvit(*, layers: Sequence[int], base_rate: float = 0.7) -> dict[str, A
 
 def _power_bert(*, retention: Sequence[int]) -> dict[str, Any]:
     """Keep the `retention[l]` tokens ([CLS] counted) that get most attention from others. PoWER-BERT, ICML 2020."""
-    layers, values = _each_layer("retention", retention, check_count)
+    layers, values = _each_layer("retention", retention, "keep_count")
     return {"stages": [PruningStage(layers, "received_from_others", "keep_count", values)]}
 
 
@@ -145,7 +148,7 @@ def _length_adaptive(
     """
     _one_of(length_config=length_config, keep_rate=keep_rate)
     if length_config is not None:
-        layers, values = _each_layer("length_config", length_config, check_count)
+        layers, values = _each_layer("length_config", length_config, "keep_count")
         return {"stages": [PruningStage(layers, "received_attention", "keep_count", values)]}
     values = _compounded(check_rate("keep_rate", keep_rate), _depth(num_layers))
     return {"stages": [PruningStage(range(len(values)), "received_attention", "keep_rate", values)]}
@@ -168,8 +171,8 @@ def _ltp(
         final = check_threshold("final_token_threshold", final_token_threshold)
         depth = _depth(num_layers)
         thresholds = [final * layer / depth for layer in range(depth)]
-    layers, values = _each_layer("thresholds", thresholds, check_threshold)
     rule = "padded_threshold" if check_bool("padded_scores", padded_scores) else "threshold"
+    layers, values = _each_layer("thresholds", thresholds, rule)
     return {"stages": [PruningStage(layers, "received_attention", rule, values)]}
 
 

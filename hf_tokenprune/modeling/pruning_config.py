@@ -303,7 +303,7 @@ def _with_defaults(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
 
 def _list_of_pair(value: Any) -> Any:
     """`(r, inflect)` as [r, float(inflect)], which no list of one r per layer is."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real):
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real) and not isinstance(value[1], bool):
         return [value[0], float(value[1])]
     return value
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..convert import prune
 from ..modeling.pruning_config import PruningConfig, default_layers
 from ..modeling.token_outputs import EncoderCall
-from ..profiling.macs import count_call
+from ..profiling.macs import count_call, evaluating
 
 
 HIGHEST = 64.0  # of a threshold: nothing scores so often the average but by the class token alone
@@ -98,7 +98,8 @@ def _costs(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> tupl
     costs, whole = [], []
     for batch in batches:
         call = EncoderCall(work=True)
-        model(**batch, encoder_call=call)
+        with evaluating(model):
+            model(**batch, encoder_call=call)
         count = count_call(call, model.config)
         costs += count.per_sample
         whole += count.unpruned_per_sample

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from ..modeling.pruning_config import PruningConfig
 from ..packaged import cache_dir
 from ..profiling.latency import speedup, time_interleaved
 from ..profiling.machine import describe_machine
+from ..profiling.macs import evaluating
 
 
 RATES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.15)
@@ -53,6 +55,7 @@ def measure_curve(
     inputs: Mapping[str, Any],
     layers: Sequence[int],
     *,
+    common: Mapping[str, Any] | None = None,
     rounds: int = 9,
     progress: Callable = iter,
     use_cache: bool = True,
@@ -62,20 +65,24 @@ def measure_curve(
     Args:
         model: a native model; one of ours is timed without the stock model beside it.
         inputs: a batch as the model will meet it; its lengths are part of the cache's key.
+        common: what goes with the preset: `protected_token_ids`, `min_tokens`, `execution`.
         use_cache: whether an earlier measurement of the same device, shapes and versions is taken.
     """
-    path = cache_dir() / "latency" / f"{_key(model, inputs, layers)}.json"
+    common = dict(common or {})
+    path = cache_dir() / "latency" / f"{_key(model, inputs, layers, common)}.json"
     if use_cache and path.exists():
         stored = json.loads(path.read_text())
         return LatencyCurve(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
     models = {1.0: prune(model, None)}
     for rate in RATES:
-        models[rate] = prune(model, PruningConfig.preset("top_k", layers=layers, keep_rate=rate))
+        models[rate] = prune(model, PruningConfig.preset("top_k", layers=layers, keep_rate=rate, **common))
     native = type(model) in native_to_pruned()
     calls = {rate: _call(one, inputs) for rate, one in models.items()}
     if native:
         calls["stock"] = _call(model, inputs)
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as modes:
+        for one in (model, *models.values()):
+            modes.enter_context(evaluating(one))
         timings = time_interleaved(calls, rounds=rounds, warmup=2, progress=progress)
     curve = LatencyCurve(
         tuple(models),
@@ -91,11 +98,11 @@ def _call(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[[], obj
     return lambda: model(**inputs)
 
 
-def _key(model: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequence[int]) -> str:
+def _key(model: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequence[int], common: Mapping[str, Any]) -> str:
     config = {k: v for k, v in model.config.to_dict().items() if isinstance(v, int | float | str) and k[0] != "_"}
     mask = inputs.get("attention_mask")
     lengths = sorted(mask.sum(dim=1).tolist()) if mask is not None else None
     shapes = {name: list(value.shape) for name, value in inputs.items()}
     dtype, machine = str(model.dtype), describe_machine(model.device)
-    key = [type(model).__name__, config, shapes, lengths, list(layers), dtype, machine, RATES]
+    key = [type(model).__name__, config, shapes, lengths, list(layers), common, dtype, machine, RATES]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

@@ -78,7 +78,7 @@ def plan(
     if name == "target_macs":
         return planner.for_macs(value, layers)
     layers = default_layers(model.config.num_hidden_layers) if layers is None else layers
-    curve = measure_curve(model, inputs, layers)
+    curve = measure_curve(model, inputs, layers, common=common)
     wanted = value if name == "target_speedup" else curve.seconds[0] / value
     return planner.for_speedup(wanted, layers, curve)
 

@@ -3,11 +3,13 @@
 The counts come from the token states of a real call, so adaptive methods are counted as they decided.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..convert import prune
@@ -41,8 +43,21 @@ class MacCount:
         return self.total / self.unpruned
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards each of its modules as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
-    """Counts what one input costs.
+    """Counts what one input costs in evaluation mode.
 
     Args:
         model: one of our models, or a native one of a supported family: its `total` is the stock encoder's.
@@ -54,7 +69,7 @@ def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
     native = type(model) in native_to_pruned()
     ours = prune(model, getattr(getattr(model, "config", None), "pruning", None))
     call = EncoderCall(work=True)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(ours):
         ours(**inputs, encoder_call=call)
     count = count_call(call, ours.config)
     if not native:
