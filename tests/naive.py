@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 INFINITY = float("inf")
 # By rule, the value with which a site is none: no row goes, and none moves.
 IDLE = dict.fromkeys(["keep_rate", "site_keep_rate", "top_p"], 1) | dict.fromkeys(
-    ["remove_count", "threshold", "relative_threshold", "padded_threshold"], 0
+    ["remove_count", "threshold", "relative_threshold", "median_threshold", "padded_threshold"], 0
 )
 
 
@@ -271,8 +271,15 @@ def how_many(
         sums = [sum(best[: row + 1]) for row in range(n)]
         margins += [abs(total - value) for total in sums]
         return 1 + next(row for row in range(n) if sums[row] >= value)
-    scale = {"threshold": 1, "relative_threshold": n, "padded_threshold": n / padded}[site.rule]
-    free = [scale * score for score in best[protected:]]
+    free = best[protected:]
+    median = free[(len(free) - 1) // 2] if free else 1.0
+    scale = {
+        "threshold": 1,
+        "relative_threshold": n,
+        "median_threshold": 1 / median,
+        "padded_threshold": n / padded,
+    }[site.rule]
+    free = [scale * score for score in free]
     margins += [abs(score - value) for score in free]
     return protected + sum(score >= value for score in free)
 

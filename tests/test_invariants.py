@@ -101,6 +101,7 @@ VALUES = {
     "keep_count": st.integers(1, 35),
     "remove_count": st.integers(0, 12),
     "relative_threshold": hundredths.map(lambda value: value * 2),
+    "median_threshold": hundredths.map(lambda value: value * 2),
     "threshold": hundredths.map(lambda value: value / 8),
     "top_p": hundredths.map(lambda value: value + 0.39),
 }

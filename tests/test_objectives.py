@@ -248,10 +248,12 @@ def test_a_cost_below_its_target_owes_nothing():
     assert multipliers.linear.grad.item() == pytest.approx(-0.2)
 
 
-def test_votes_of_tokens_that_are_going_do_not_count():
+@pytest.mark.parametrize(
+    "rule, values", [("relative_threshold", [0.7, 0.8, 0.9]), ("median_threshold", [0.97, 0.99, 1.02])]
+)
+def test_votes_of_tokens_that_are_going_do_not_count(rule, values):
     """`received_from_others`, the third score that a threshold can be learned for."""
-    stage = {"layers": [0, 1, 2], "saliency": "received_from_others", "rule": "relative_threshold"}
-    stage["values"] = [0.7, 0.8, 0.9]
+    stage = {"layers": [0, 1, 2], "saliency": "received_from_others", "rule": rule, "values": values}
     objective = {"name": "budget", "target_macs": 0.5, "temperature": 1e-10}
     model = soft_model(TEXT, {"stages": [stage], "objective": objective, "format_version": 1})
     inputs = tiny.inputs_for(TEXT)

@@ -5,6 +5,7 @@ schedule that follows from the model's depth: asked for it before the depth is k
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral, Real
@@ -15,6 +16,7 @@ from .pruning_stage import (
     RULES,
     PruningStage,
     check_bool,
+    check_choice,
     check_number,
     check_rate,
     check_removed,
@@ -182,21 +184,35 @@ def _one_of(**given: Any) -> None:
 
 
 def _adaptive(
-    *, layers: Sequence[int], threshold: float | Sequence[float] = 0.05, saliency: str = "cls_attention"
+    *,
+    layers: Sequence[int],
+    threshold: float | Sequence[float] = 0.05,
+    saliency: str = "cls_attention",
+    relative_to: str = "mean",
 ) -> dict[str, Any]:
-    """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more."""
+    """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more.
+
+    `relative_to="median"`: the median one, which the few tokens that get most of the attention do not move.
+    """
     layers = check_sequence("layers", layers)
     values = _each_site("threshold", threshold, layers, check_threshold)
-    return {"stages": [PruningStage(layers, saliency, "relative_threshold", values)]}
+    rule = _RELATIVE[check_choice("relative_to", relative_to, _RELATIVE)]
+    return {"stages": [PruningStage(layers, saliency, rule, values)]}
+
+
+_RELATIVE = {"mean": "relative_threshold", "median": "median_threshold"}
 
 
 def _adaptive_fuse(
-    *, layers: Sequence[int], threshold: float | Sequence[float] = 0.05, saliency: str = "cls_attention"
+    *,
+    layers: Sequence[int],
+    threshold: float | Sequence[float] = 0.05,
+    saliency: str = "cls_attention",
+    relative_to: str = "mean",
 ) -> dict[str, Any]:
     """`adaptive`, with the dropped tokens in one summary token, weighted by their saliency."""
-    layers = check_sequence("layers", layers)
-    values = _each_site("threshold", threshold, layers, check_threshold)
-    return {"stages": [PruningStage(layers, saliency, "relative_threshold", values, "fuse_normalized")]}
+    (stage,) = _adaptive(layers=layers, threshold=threshold, saliency=saliency, relative_to=relative_to)["stages"]
+    return {"stages": [replace(stage, reduction="fuse_normalized")]}
 
 
 def _value_merge(*, layers: Sequence[int], keep_rate: float = 0.7) -> dict[str, Any]:

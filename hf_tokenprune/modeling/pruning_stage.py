@@ -155,6 +155,7 @@ RULES = MappingProxyType(
         "keep_count": Rule(check_count, falling=True),  # value, P counted
         "remove_count": Rule(check_removed, idle=0),  # n - min(value, half of the unprotected tokens)
         "relative_threshold": Rule(check_threshold, idle=0),  # j with n s_j >= value: the same at every length
+        "median_threshold": Rule(check_threshold, idle=0),  # j with s_j >= value x the median of the unprotected rows
         "threshold": Rule(check_threshold, idle=0),  # j with s_j >= value
         "padded_threshold": Rule(check_threshold, idle=0),  # j with s_j n / N >= value: scores that change with padding
         "top_p": Rule(check_rate, idle=1),  # the fewest tokens whose saliency sums to value

@@ -179,14 +179,20 @@ def _reached(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site, 
     if site.rule == "top_p":
         counts = _mass_counts(keys, scores, state, site.value)
     else:
-        counts = (keys >= _least_key(state, site)).sum(dim=1)
+        counts = (keys >= _least_key(keys, scores, state, site)).sum(dim=1)
     counts = counts.clamp(min=min_tokens).minimum(state.counts)
     if shapes_only():
         return Kept(keys.shape[1], counts)
     return _of_host(tuple(counts.tolist()), state.layout.full)  # a synchronisation on an accelerator
 
 
-def _least_key(state: TokenState, site: Site) -> Any:
+def _least_key(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site) -> Any:
+    if site.rule == "median_threshold":
+        held = state.held.sum(dim=1, keepdim=True)
+        middle = held + (state.counts[:, None] - held - 1).clamp(min=0) // 2
+        falling = keys.gather(1, _order(keys, scores, keys.shape[1]))
+        median = falling.gather(1, middle.clamp(max=keys.shape[1] - 1))
+        return site.value * median.clamp(0.0, _FAR)  # finite where a sample has no other rows
     if site.rule == "relative_threshold":
         return site.value * GRID
     if site.rule == "padded_threshold":
