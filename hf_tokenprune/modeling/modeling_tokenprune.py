@@ -337,11 +337,13 @@ class TokenPruneModel(Prunable):
         pruning = self.config.pruning
         if call.trace and pruning is not None and index in pruning.sites:
             call.states[index] = states.left
+        if call.scores and states.decided is not None:
+            call.decided[index] = states.decided
         if plan.soft is not None and plan.site is not None:
             call.softened.append((plan.site, states.left))
         if not call.work:
             return
-        entered, attending, left = states
+        entered, attending, left, _ = states
         first = plan.site is not None and SALIENCIES[plan.site.saliency].class_token
         queries = entered.counts if plan.asks_all(entered) else attending.counts + first
         counts = before.counts, entered.counts, queries, attending.counts, left.counts

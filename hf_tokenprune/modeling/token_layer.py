@@ -83,11 +83,15 @@ class LayerPlan(NamedTuple):
 
 
 class LayerStates(NamedTuple):
-    """The tokens on their way through one layer: those that have keys, those that attend, those that leave it."""
+    """The tokens on their way through one layer: those that have keys, those that attend, those that leave it.
+
+    decided: the scores that its site decided by, and the tokens that they are of; None: no site, or masks.
+    """
 
     entered: TokenState
     attending: TokenState
     left: TokenState
+    decided: tuple[Scores, TokenState] | None
 
 
 class Projections(NamedTuple):
@@ -163,7 +167,7 @@ class TokenPruneLayer:
     ) -> tuple[torch.Tensor, LayerStates, torch.Tensor | None]:
         """hidden [.., D], laid out as `state.layout` -> the same after the layer, the states of its tokens, and the
         attention map [B, H, N, N] if the kernel gives weights and positions are followed."""
-        site = plan.site_at("before")
+        site, before = plan.site_at("before"), None
         if site is not None:
             with named(f"layer {site.layer}"):
                 if plan.soft is not None:
@@ -172,13 +176,15 @@ class TokenPruneLayer:
                     with _gradient_for(site):
                         scores = self._scores_of_input(hidden, state, site)
                     reduction = begin_reduction(scores, state, site, plan.pruning)
+                before = getattr(reduction, "decided", None)
                 hidden, state = reduction.finish(_moved(hidden, state, reduction.state))
-        hidden, attending, left, attention_map = self._attention_half(hidden, state, plan, config)
-        return self._feed_forward_half(hidden), LayerStates(state, attending, left), attention_map
+        hidden, attending, left, decided, attention_map = self._attention_half(hidden, state, plan, config)
+        states = LayerStates(state, attending, left, before or decided)
+        return self._feed_forward_half(hidden), states, attention_map
 
     def _attention_half(
         self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
-    ) -> tuple[torch.Tensor, TokenState, TokenState, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, TokenState, TokenState, tuple[Scores, TokenState] | None, torch.Tensor | None]:
         source = self.attention_input(hidden)
         key, value = self.key(source), self.value(source)
         query = self.query(source) if plan.asks_all(state) else None
@@ -213,11 +219,12 @@ class TokenPruneLayer:
                     reduction = begin_reduction(scores, state, site, plan.pruning)
                     hidden = _moved(hidden, state, reduction.state)
                 hidden, kept = reduction.finish(hidden)
+        decided = getattr(reduction, "decided", None)
         if not plan.whole_map or not maps or state.positions is None:
-            return hidden, asking, kept, None
+            return hidden, asking, kept, decided, None
         positions = asking.positions, state.positions
         full_map = maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
-        return hidden, asking, kept, full_map
+        return hidden, asking, kept, decided, full_map
 
     def _begin(self, given: Projections, state: TokenState, plan: LayerPlan) -> Reduction | SoftReduction:
         if plan.soft is not None and plan.site.saliency == "learned":

@@ -17,6 +17,7 @@ from transformers.models.deit.modeling_deit import DeiTForImageClassificationWit
 from transformers.utils import ModelOutput
 
 from .pruning_stage import Site
+from .selection import Scores
 from .token_state import TokenState
 
 
@@ -105,16 +106,18 @@ class EncoderCall:
 
     Args:
         first_token_only: the head reads each sample's first token alone.
-        trace, work, hidden_states, attentions: what to collect.
+        trace, work, scores, hidden_states, attentions: what to collect.
         restore: whether the sequence comes back in full length.
         start, end: the state at the input, and after the last layer; states: the state after each site, by layer.
         layer_work: one entry per layer.
+        decided: by layer, the scores that its site decided by, and the state of the tokens that they are of.
         softened: the sites whose masks stand for removal, each with the state after it.
     """
 
     first_token_only: bool = False
     trace: bool = False
     work: bool = False
+    scores: bool = False
     hidden_states: bool = False
     attentions: bool = False
     restore: bool = True
@@ -122,6 +125,7 @@ class EncoderCall:
     end: TokenState | None = None
     states: dict[int, TokenState] = field(default_factory=dict)
     layer_work: list[LayerWork] = field(default_factory=list)
+    decided: dict[int, tuple[Scores, TokenState]] = field(default_factory=dict)
     softened: list[tuple[Site, TokenState]] = field(default_factory=list)
 
     @property

@@ -22,12 +22,14 @@ class Reduction(NamedTuple):
 
     state: the tokens that go on for now.
     scores: theirs; None where nothing is left to do.
+    decided: the scores that the site decides by, and the tokens that they are of.
     """
 
     state: TokenState
     site: Site
     pruning: PruningConfig
     scores: Scores | None
+    decided: tuple[Scores, TokenState]
 
     def finish(self, hidden: torch.Tensor) -> tuple[torch.Tensor, TokenState]:
         """hidden [.., D], laid out as `state`'s rows -> the tokens that go on for good, and their state."""
@@ -44,11 +46,12 @@ class Reduction(NamedTuple):
 
 def begin_reduction(scores: Scores, state: TokenState, site: Site, pruning: PruningConfig) -> Reduction:
     """Drops what is dropped outright at a site."""
+    decided = scores, state
     if site.reduction == "drop":
-        return Reduction(state.after(select(scores, state, site, pruning.min_tokens)), site, pruning, None)
+        return Reduction(state.after(select(scores, state, site, pruning.min_tokens)), site, pruning, None, decided)
     if pruning.tracks_sizes and state.size is None:
         state = state._replace(size=torch.ones_like(scores.saliency))
     if site.cut is not None:
         selection = cut(scores, state, site, pruning.min_tokens)
         state, scores = state.after(selection), scores.after(selection.home)
-    return Reduction(state, site, pruning, scores)
+    return Reduction(state, site, pruning, scores, decided)
