@@ -179,20 +179,30 @@ def _reached(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site, 
     if site.rule == "top_p":
         counts = _mass_counts(keys, scores, state, site.value)
     else:
-        counts = (keys >= _least_key(keys, scores, state, site)).sum(dim=1)
+        counts = (keys >= _least_key(keys, state, site)).sum(dim=1)
     counts = counts.clamp(min=min_tokens).minimum(state.counts)
     if shapes_only():
         return Kept(keys.shape[1], counts)
     return _of_host(tuple(counts.tolist()), state.layout.full)  # a synchronisation on an accelerator
 
 
-def _least_key(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site) -> Any:
+def middle(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The upper median of each sample's counted values [B, K], 0 where none is: [B, 1]."""
+    falling = values.masked_fill(~counted, -torch.inf).sort(dim=1, descending=True).values
+    place = (counted.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
+    return falling.gather(1, place).clamp(min=0.0)
+
+
+def relative_scores(scores: Scores, state: TokenState, rule: str) -> torch.Tensor:
+    """What a rule compares with its threshold, for each row [B, K]."""
+    if rule == "median_threshold":
+        return scores.saliency / middle(scores.saliency, state.alive & ~state.held)
+    return scores.saliency * (state.counts[:, None] if rule == "relative_threshold" else 1)
+
+
+def _least_key(keys: torch.Tensor, state: TokenState, site: Site) -> Any:
     if site.rule == "median_threshold":
-        held = state.held.sum(dim=1, keepdim=True)
-        middle = held + (state.counts[:, None] - held - 1).clamp(min=0) // 2
-        falling = keys.gather(1, _order(keys, scores, keys.shape[1]))
-        median = falling.gather(1, middle.clamp(max=keys.shape[1] - 1))
-        return site.value * median.clamp(0.0, _FAR)  # finite where a sample has no other rows
+        return site.value * middle(keys, state.alive & ~state.held)
     if site.rule == "relative_threshold":
         return site.value * GRID
     if site.rule == "padded_threshold":

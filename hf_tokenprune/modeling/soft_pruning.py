@@ -17,6 +17,7 @@ from transformers import initialization as init
 from .pruning_objective import Objective
 from .pruning_stage import RULES, Site
 from .saliency import TokenPredictor
+from .selection import middle
 from .token_macs import sample_macs
 from .token_outputs import EncoderCall
 from .token_state import TokenState
@@ -46,16 +47,9 @@ class ThresholdMask(nn.Module):
         if site.rule == "relative_threshold":
             scores = scores * state.weights.sum(dim=1, keepdim=True)
         if site.rule == "median_threshold":
-            scores = scores / _median_left(scores, state)
+            left = (state.weights > 0.5) & ~state.held
+            scores = scores / middle(scores.detach(), left).clamp(min=1e-12)
         return ((scores.clamp(min=1e-12).log() - log_threshold) / objective.temperature).sigmoid()
-
-
-def _median_left(scores: torch.Tensor, state: TokenState) -> torch.Tensor:  # [B, 1]
-    """The median score of the unprotected rows of which more is left than gone, as the hard rule takes it."""
-    there = (state.weights > 0.5) & ~state.held
-    middle = (there.sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
-    falling = scores.detach().masked_fill(~there, 0.0).sort(dim=1, descending=True).values
-    return falling.gather(1, middle).clamp(min=1e-12)
 
 
 class RankMask(nn.Module):
