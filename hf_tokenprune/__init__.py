@@ -6,7 +6,7 @@ from .convert import load_dynamicvit_predictors, prune
 from .families import class_names, register_auto_classes
 from .modeling.pruning_config import PruningConfig
 from .modeling.pruning_stage import PruningStage
-from .planning import Calibration, Plan, calibrate, plan
+from .planning import Calibration, Plan, Search, calibrate, plan, search_schedule
 from .profiling.macs import count_macs
 from .training import TokenPruneTrainer, TokenPruneTrainingArguments
 
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "PruningConfig",
     "PruningStage",
+    "Search",
     "TokenPruneTrainer",
     "TokenPruneTrainingArguments",
     "calibrate",
@@ -29,6 +30,7 @@ __all__ = [
     "load_dynamicvit_predictors",
     "plan",
     "prune",
+    "search_schedule",
     *class_names(available=True),
 ]
 

@@ -3,6 +3,7 @@
 from .calibrate import Calibration, calibrate
 from .latency_curve import LatencyCurve, measure_curve
 from .plan import Plan, plan
+from .search import Search, search_schedule
 
 
-__all__ = ["Calibration", "LatencyCurve", "Plan", "calibrate", "measure_curve", "plan"]
+__all__ = ["Calibration", "LatencyCurve", "Plan", "Search", "calibrate", "measure_curve", "plan", "search_schedule"]

@@ -1,0 +1,202 @@
+"""`search_schedule`: which layers prune, and how fast, for the best accuracy at a given cost. Training-free."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.optimize import brentq
+from transformers import PreTrainedModel
+
+from ..convert import prune
+from ..files import write_atomically
+from ..modeling.pruning_config import PruningConfig, default_layers
+from ..modeling.token_outputs import EncoderCall
+from ..profiling.macs import count_call, evaluating
+
+
+Batches = Sequence[Mapping[str, Any]]
+Metric = Callable[[torch.Tensor, torch.Tensor], float]
+
+SALIENCIES = ("cls_attention", "cls_value_norm")
+FRONT = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # MAC ratios at which the best schedules are measured, too
+BEST = 3  # schedules that the front is made of
+CLOSE = 0.005
+
+
+@dataclass(frozen=True)
+class Point:
+    """A pruning, measured.
+
+    Args:
+        pruning: as `PruningConfig.from_dict` takes it. macs: the MAC ratio. score: of the metric; higher is better.
+        divergence: mean KL of the logits to those of the unpruned model, which tells schedules of one score apart.
+    """
+
+    pruning: dict[str, Any]
+    macs: float
+    score: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found.
+
+    Args:
+        chosen: the best point at the target. points: all that were measured, the unpruned model first.
+    """
+
+    chosen: Point
+    points: list[Point]
+
+    @property
+    def pruning(self) -> PruningConfig:
+        return PruningConfig.from_dict(self.chosen.pruning)
+
+    @property
+    def front(self) -> list[Point]:
+        """The points that no other is better than and cheaper, by rising cost."""
+        front: list[Point] = []
+        for point in sorted(self.points, key=lambda point: (point.macs, -point.score, point.divergence)):
+            if not front or point.score > front[-1].score:
+                front.append(point)
+        return front
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of classes [n, C], labels [n]."""
+    return (logits.argmax(dim=-1) == labels).float().mean().item()
+
+
+def search_schedule(
+    model: PreTrainedModel,
+    batches: Batches,
+    *,
+    target_macs: float,
+    metric: Metric = accuracy,
+    saliencies: Sequence[str] = SALIENCIES,
+    resume_from: str | Path | None = None,
+    progress: Callable = iter,
+    **common: Any,
+) -> Search:
+    """Measures `top_k` at many sets of layers, each at the keep rate that costs the target, and takes the best.
+
+    Args:
+        model: a classifier of a supported family, or one of ours.
+        batches: a few hundred labelled inputs: batches with `labels`, on the model's device.
+        target_macs: multiply-accumulates of the pruned encoder / of the stock encoder on the same unpadded tokens.
+        metric: from logits and labels to a number, higher is better.
+        saliencies: scores that are tried.
+        resume_from: a JSON file with what was measured before; it is written after every measurement.
+        progress: wraps the iteration over schedules, for example `tqdm`.
+        common: `protected_token_ids`, `min_tokens`, `execution`.
+
+    Raises:
+        ValueError: a target outside (0, 1] or out of reach of all schedules, batches without labels, none at all, or a
+            file of another search.
+    """
+    if isinstance(target_macs, bool) or not isinstance(target_macs, int | float) or not 0 < target_macs <= 1:
+        raise ValueError(f"target_macs ({target_macs!r}) must be in (0, 1]")
+    if not batches or any("labels" not in batch for batch in batches):
+        raise ValueError(f"batches ({len(batches)}) must be at least one, each with labels")
+    searcher = _Searcher(model, batches, metric, common, None if resume_from is None else Path(resume_from))
+    whole = searcher.measure(None)
+    schedules = list(_schedules(model.config.num_hidden_layers, saliencies))
+    found = [searcher.at(*schedule, target_macs) for schedule in progress(schedules)]
+    reached = [(point, schedule) for point, schedule in zip(found, schedules) if point is not None]
+    if not reached:
+        raise ValueError(f"target_macs ({target_macs}) must be in reach: none of {len(schedules)} schedules costs it")
+    best = sorted(reached, key=lambda pair: (-pair[0].score, pair[0].divergence))
+    more = [searcher.at(*schedule, macs) for _, schedule in best[:BEST] for macs in FRONT]
+    points = [whole, *(point for point, _ in reached), *(point for point in more if point is not None)]
+    return Search(best[0][0], points)
+
+
+def _schedules(depth: int, saliencies: Sequence[str]) -> Iterator[tuple[list[int], str]]:
+    """One, two or three sites near one another, the usual three, and all layers from one on."""
+    sets = {tuple(default_layers(depth))}
+    for first in range(depth - 1):
+        runs = [(first,), (first, first + 1), (first, first + 2), (first, first + 1, first + 2)]
+        sets |= {sites for sites in runs if sites[-1] < depth - 1}
+        sets.add(tuple(range(first, depth - 1)))
+    for sites in sorted(sets):
+        for saliency in saliencies:
+            yield list(sites), saliency
+
+
+class _Searcher:
+    """Measures, and remembers what it measured."""
+
+    def __init__(
+        self, model: PreTrainedModel, batches: Batches, metric: Metric, common: dict[str, Any], path: Path | None
+    ):
+        self.model, self.batches, self.metric, self.common, self.path = model, batches, metric, common, path
+        self.sample = batches[:: max(1, len(batches) // 2)][:2]  # on which keep rates are found
+        self.key, self.known = self._key(), {}
+        if path is not None and path.exists():
+            stored = json.loads(path.read_text())
+            if stored.get("of") != self.key:
+                raise ValueError(f"resume_from ({path}) must be of the same model and inputs, and is of others")
+            self.known = {json.dumps(point["pruning"]): Point(**point) for point in stored["points"]}
+
+    def _key(self) -> str:
+        hasher = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            hasher.update(f"{name} {value.float().sum().item()!r}".encode())
+        for batch in self.batches:
+            hasher.update(repr([(name, value.float().sum().item()) for name, value in sorted(batch.items())]).encode())
+        return hasher.hexdigest()[:16]
+
+    @cached_property
+    def unpruned_logits(self) -> torch.Tensor:  # [n, C]
+        return self._run(None, self.batches)[1]
+
+    def at(self, layers: list[int], saliency: str, target: float) -> Point | None:
+        """These sites at the keep rate that costs the target; None: no rate does."""
+
+        def top_k(rate: float) -> PruningConfig:
+            return PruningConfig.preset(
+                "top_k", layers=layers, keep_rate=round(rate, 3), saliency=saliency, **self.common
+            )
+
+        def excess(rate: float) -> float:
+            off = self._run(top_k(rate), self.sample)[0] - target
+            return 0.0 if abs(off) < CLOSE else off
+
+        if excess(0.001) > 0 or excess(1.0) < 0:
+            return None
+        return self.measure(top_k(brentq(excess, 0.001, 1.0, xtol=0.001)))
+
+    def measure(self, pruning: PruningConfig | None) -> Point:
+        written = None if pruning is None else pruning.to_dict()
+        known = self.known.get(json.dumps(written))
+        if known is not None:
+            return known
+        macs, logits = self._run(pruning, self.batches)
+        labels = torch.cat([batch["labels"] for batch in self.batches]).cpu()
+        log_p, log_q = self.unpruned_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
+        point = Point(written, macs, self.metric(logits, labels), divergence)
+        self.known[json.dumps(written)] = point
+        if self.path is not None:
+            stored = {"of": self.key, "points": [asdict(point) for point in self.known.values()]}
+            write_atomically(self.path, json.dumps(stored, indent=1).encode())
+        return point
+
+    @torch.no_grad()
+    def _run(self, pruning: PruningConfig | None, batches: Batches) -> tuple[float, torch.Tensor]:
+        """The MAC ratio, and the logits [n, C] on the host."""
+        twin, logits, cost, whole = prune(self.model, pruning), [], 0, 0
+        with evaluating(twin):
+            for batch in batches:
+                call = EncoderCall(work=True)
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
+                logits.append(twin(**inputs, encoder_call=call)["logits"].float().cpu())
+                count = count_call(call, twin.config)
+                cost, whole = cost + count.total, whole + count.unpruned
+        return cost / whole, torch.cat(logits)

@@ -1,0 +1,43 @@
+"""What a search of schedules found, as a picture."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import write_atomically
+from .plots import empty_figure
+
+
+if TYPE_CHECKING:
+    from ..planning.search import Search
+
+
+def pareto_front(search: Search, path: str | os.PathLike[str], *, title: str, score: str = "accuracy") -> Path:
+    """Draws all points, the front of those that no other beats, and the chosen one, and writes a PNG.
+
+    Args:
+        score: what the metric is called.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure, axes = empty_figure(title)
+    axes.scatter(
+        [p.macs for p in search.points], [p.score for p in search.points], s=18, color="#8c959f", label="schedules"
+    )
+    front = search.front
+    axes.step([p.macs for p in front], [p.score for p in front], where="post", color="#0b6e8f", label="front")
+    chosen = search.chosen
+    stages = search.pruning.stages
+    name = f"chosen: {stages[0].saliency}, layers {[layer for stage in stages for layer in stage.layers]}"
+    axes.scatter([chosen.macs], [chosen.score], s=110, marker="*", color="#bf3989", zorder=3, label=name)
+    axes.set_xlabel("multiply-accumulates, of the stock encoder's")
+    axes.set_ylabel(score)
+    axes.set_xlim(0, 1.02)
+    axes.legend(frameon=False, loc="lower right")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return write_atomically(path, content.getvalue())
