@@ -24,7 +24,9 @@ def model_source(name: str) -> str | Path:
 
 
 def written_pruning(text: str, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """A pruning from a preset's name or JSON, with the separator protected where nothing else is said."""
+    """A pruning from a preset's name, JSON or a `.json` file; the separator is protected where nothing else is said."""
+    if text.endswith(".json"):
+        text = Path(text).read_text()
     wish = json.loads(text) if text.lstrip().startswith("{") else {"preset": text}
     if tokenizer is not None and tokenizer.sep_token_id is not None:
         wish.setdefault("protected_token_ids", [tokenizer.sep_token_id])

@@ -97,6 +97,7 @@ def search_schedule(
         common: `protected_token_ids`, `min_tokens`, `execution`.
 
     Raises:
+        TypeError: a model without logits.
         ValueError: a target outside (0, 1] or out of reach of all schedules, batches without labels, none at all, or a
             file of another search.
     """
@@ -196,7 +197,12 @@ class _Searcher:
             for batch in batches:
                 call = EncoderCall(work=True)
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
-                logits.append(twin(**inputs, encoder_call=call)["logits"].float().cpu())
+                output = twin(**inputs, encoder_call=call)
+                if "logits" not in output:
+                    raise TypeError(
+                        f"{type(self.model).__name__} must be a classifier to be searched for: it has no logits"
+                    )
+                logits.append(output["logits"].float().cpu())
                 count = count_call(call, twin.config)
                 cost, whole = cost + count.total, whole + count.unpruned
         return cost / whole, torch.cat(logits)

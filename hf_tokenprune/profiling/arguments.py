@@ -7,6 +7,7 @@ from .. import packaged
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+SPLITS = ("train", "test")
 
 
 @dataclass
@@ -50,7 +51,8 @@ class ProfileArguments:
     label_column: str = field(default="label", metadata={"help": "Column with the class."})
     max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
     image_size: int | None = field(default=None, metadata={"help": "Pixels of the side of an image."})
-    max_inputs: int = field(default=64, metadata={"help": "Test inputs that are read from the data."})
+    split: str = field(default="test", metadata={"help": "train or test: where the inputs are taken from."})
+    max_inputs: int = field(default=64, metadata={"help": "Inputs that are read from the data."})
     rounds: int = field(default=15, metadata={"help": "Timed rounds, in each of which all models run in turn."})
     seconds: float = field(default=120.0, metadata={"help": "After so long no further round is begun, of each timing."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
@@ -68,6 +70,8 @@ class ProfileArguments:
             raise ValueError(f"lengths ({self.lengths}) must hold at least one length")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype ({self.dtype!r}) must be one of {', '.join(DTYPES)}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split ({self.split!r}) must be one of {', '.join(SPLITS)}")
         if not isinstance(self.overrides, dict):
             raise ValueError(f"config_overrides ({self.config_overrides}) must be a JSON object")
 

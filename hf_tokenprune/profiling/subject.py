@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import (
     AutoConfig,
@@ -166,17 +167,17 @@ def _real_inputs(
         input_column=column,
         label_column=arguments.label_column,
     )
-    test = splits["test"].shuffle(seed=arguments.seed)
-    test = test.select(range(min(arguments.max_inputs, len(test))))
-    if not len(test):
-        raise ValueError(f"{arguments.dataset_name} must have rows to test on, and has none")
-    splits["test"] = test
+    rows = splits[arguments.split].shuffle(seed=arguments.seed)
+    rows = rows.select(range(min(arguments.max_inputs, len(rows))))
+    if not len(rows):
+        raise ValueError(f"{arguments.dataset_name} must have rows to read, and has none")
+    labels, only = rows["label"], datasets.DatasetDict(rows=rows)
     if arguments.image_column is not None:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-        rows = list(read_images(splits, processor, arguments.image_size)["test"])
-        return [{"pixel_values": row["pixel_values"]} for row in rows], test["label"], default_data_collator
+        read = list(read_images(only, processor, arguments.image_size)["rows"])
+        return [{"pixel_values": row["pixel_values"]} for row in read], labels, default_data_collator
     if tokenizer is None:
         raise ValueError(f"{arguments.model_name_or_path} must have a tokenizer to read texts")
-    rows = tokenize(splits, tokenizer, arguments.max_length)["test"]
+    rows = tokenize(only, tokenizer, arguments.max_length)["rows"]
     taken = [name for name in tokenizer.model_input_names if name in rows.column_names]
-    return [dict(row) for row in rows.select_columns(taken)], test["label"], DataCollatorWithPadding(tokenizer)
+    return [dict(row) for row in rows.select_columns(taken)], labels, DataCollatorWithPadding(tokenizer)
