@@ -1,7 +1,7 @@
 """`run_plan.py` as a user runs it; what it writes is what `run_profile.py` takes."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -25,23 +25,32 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
 
 
-def run(given: list[str], output: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *given, "--output_dir", str(output), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run(given, tmp_path, monkeypatch, capsys):
+    def call(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given, "--output_dir", str(tmp_path), *more])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
-@pytest.mark.parametrize("how", ["calibrate", "search"])
-def test_a_target_becomes_a_pruning(given, tmp_path, how):
-    done = run(given, tmp_path, "--how", how, "--target_macs", "0.6", "--max_inputs", "12", "--batch_size", "6")
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("how", ["plan", "calibrate", "search"])
+def test_a_target_becomes_a_pruning(run, tmp_path, how):
+    said = run("--how", how, "--target_macs", "0.6", "--max_inputs", "12", "--batch_size", "6")
     report = json.loads((tmp_path / "plan.json").read_text())
-    assert done.stdout.startswith(report["verdict"]) and "0.6" in report["verdict"]
+    assert said.startswith(report["verdict"]) and " of the MACs" in said
     pruning = PruningConfig.from_dict(written_pruning(str(tmp_path / "pruning.json"), None))
     assert pruning.to_dict() == report["pruning"] and pruning.protected_token_ids == (3,)
     assert (tmp_path / "front.png").exists() == (how == "search")
 
 
-def test_a_mistake_is_one_sentence(given, tmp_path):
-    done = run(given, tmp_path, "--how", "search")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "ValueError: target_macs (None) must be given to search"
+def test_where_nothing_is_to_be_pruned(run, tmp_path):
+    assert "costs" in run("--target_macs", "1.0")
+    assert PruningConfig.from_dict(json.loads((tmp_path / "pruning.json").read_text())) == PruningConfig()
+
+
+def test_a_mistake_is_one_sentence(run):
+    with pytest.raises(SystemExit) as error:
+        run("--how", "search")
+    assert error.value.code == "ValueError: target_macs (None) must be given to search"
