@@ -24,10 +24,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from hf_tokenprune import PruningConfig, calibrate, plan, search_schedule
+from hf_tokenprune import PruningConfig, calibrate, plan, prune, search_schedule
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
+from hf_tokenprune.profiling import speedup, speedup_bound, time_interleaved
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.profiling.subject import Subject, load_subject
@@ -62,6 +64,26 @@ def protected(subject: Subject) -> dict[str, Any]:
     return {} if separator is None else {"protected_token_ids": [separator]}
 
 
+def measure(
+    model: PreTrainedModel, pruning: PruningConfig, batch: dict[str, torch.Tensor], arguments: PlanArguments
+) -> dict[str, float]:
+    """The planned pruning and our engine with nothing pruned on the batch that was planned for, in turn."""
+    unpadded, pruned = prune(model, None).eval(), prune(model, pruning).eval()
+    with torch.inference_mode():
+        timings = time_interleaved(
+            {"unpadded": lambda: unpadded(**batch), "pruned": lambda: pruned(**batch)},
+            rounds=arguments.rounds,
+            seconds=arguments.seconds,
+        )
+    both = timings["unpadded"], timings["pruned"]
+    return {
+        "speedup": speedup(*both),
+        "at_least": speedup_bound(*both),
+        "seconds": timings["pruned"].median,
+        "rounds": len(timings["pruned"].seconds),
+    }
+
+
 def run(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     """What was found, with `pruning`, and a sentence."""
     subject = load_subject(arguments, Accelerator(cpu=arguments.device == "cpu").device)
@@ -69,7 +91,11 @@ def run(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
     if arguments.how == "plan":
         targets = {name: getattr(arguments, name) for name in ("target_macs", "target_speedup", "target_latency")}
         planned = plan(model, batches[0], **targets, layers=arguments.layers, **protected(subject))
-        return asdict(planned) | {"pruning": planned.pruning and planned.pruning.to_dict()}, planned.verdict
+        found = asdict(planned) | {"pruning": planned.pruning and planned.pruning.to_dict()}
+        if planned.pruning is None or planned.speedup is None:
+            return found, planned.verdict
+        measured = measure(model, planned.pruning, batches[0], arguments)
+        return found | {"measured": measured}, f"{planned.verdict} Measured: {measured['speedup']:.2f}x."
     common = {"target_macs": arguments.target_macs, "progress": tqdm, **protected(subject)}
     if arguments.how == "calibrate":
         found = calibrate(model, batches, layers=arguments.layers, saliency=arguments.saliency, **common)

@@ -1,4 +1,4 @@
-"""What every test shares: determinism, no hub, two threads."""
+"""What every test shares: determinism, no hub, one thread."""
 
 import os
 

@@ -45,6 +45,16 @@ def test_a_target_becomes_a_pruning(run, tmp_path, how):
     assert (tmp_path / "front.png").exists() == (how == "search")
 
 
+def test_a_speedup_is_measured_again(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path))
+    said = run("--target_speedup", "1.01", "--max_inputs", "12", "--rounds", "3")
+    report = json.loads((tmp_path / "plan.json").read_text())
+    if report["pruning"] is None:
+        assert "Leave pruning off" in said
+    else:
+        assert report["measured"]["speedup"] > 0 and report["measured"]["rounds"] == 3 and "Measured: " in said
+
+
 def test_where_nothing_is_to_be_pruned(run, tmp_path):
     assert "costs" in run("--target_macs", "1.0")
     assert PruningConfig.from_dict(json.loads((tmp_path / "pruning.json").read_text())) == PruningConfig()
