@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from transformers import HfArgumentParser
 
+from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
+from hf_tokenprune.command_line import written_pruning
 from hf_tokenprune.training.comparison import Recipe, summarise
+from hf_tokenprune.training.finetune import FinetuneArguments
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_comparison.py"
@@ -92,3 +96,14 @@ def test_the_command(tmp_path):
         timeout=300,
     )
     assert again.returncode == 0 and report.stat().st_mtime_ns == before  # what is done is not done again
+
+
+@pytest.mark.parametrize("folder", sorted((SCRIPT.parents[1] / "recipes").iterdir()), ids=lambda folder: folder.name)
+def test_recipes_are_what_run_finetune_takes(folder, tmp_path):
+    recipe = Recipe.read(folder)
+    parser = HfArgumentParser([FinetuneArguments, TokenPruneTrainingArguments])
+    for name in ("baseline", *recipe.others):
+        arguments, training = parser.parse_dict(recipe.arguments(name, tmp_path, 0) | {"use_cpu": True})
+        assert isinstance(training.learning_rate, float)
+        if arguments.pruning is not None:
+            PruningConfig.coerce(written_pruning(arguments.pruning, None), 6)
