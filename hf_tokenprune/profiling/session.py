@@ -22,6 +22,7 @@ from .report import Measured, Report, times, verdict
 from .subject import Batch, Subject
 
 
+MACS = "multiply-accumulates of an input"
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # how far on the way from nothing pruned to all of the pruning
 
 
@@ -36,16 +37,17 @@ class Session:
 
     def run(self, notes: list[str]) -> Report:
         layer_seconds = self.operators()
-        macs = {name: self.macs(self.models[name]) for name in ("unpadded", "pruned")}
+        work = {name: self.work(self.models[name]) for name in ("unpadded", "pruned")}
+        macs = {name: counts for name, (counts, _) in work.items()}
         flops, flop_notes = self.flops()
         memory = self.memory()
         timings, by_batch_size = self.latency(), self.latency_by_batch_size()
         left = _total(macs["pruned"]) / _total(macs["unpadded"])
         inputs = len(self.subject.inputs)
         measured = [
-            Measured("multiply-accumulates of an input", "stock", _total(macs["unpadded"], "unpruned") / inputs, ""),
-            *(Measured("multiply-accumulates of an input", n, _total(each) / inputs, "") for n, each in macs.items()),
-            Measured("multiply-accumulates left", "pruned over unpadded", left, ""),
+            Measured(MACS, "stock", _total(macs["unpadded"], "unpruned") / inputs, "", inputs),
+            *(Measured(MACS, name, _total(each) / inputs, "", inputs) for name, each in macs.items()),
+            Measured("multiply-accumulates left", "pruned over unpadded", left, "", inputs),
             *times(timings, inputs),
             *memory,
             *flops,
@@ -62,7 +64,7 @@ class Session:
             where=device | {"dtype": self.arguments.dtype, "attention": self.arguments.attn_implementation},
             measured=measured,
             layer_seconds=layer_seconds,
-            alive={name: self.alive(self.models[name]) for name in ("unpadded", "pruned")},
+            alive={name: alive for name, (_, alive) in work.items()},
             by_batch_size=by_batch_size,
             curve=self.curve(),
             verdict=verdict(timings, by_batch_size, left, self.size, str(device["device"])),
@@ -79,23 +81,15 @@ class Session:
         return seconds
 
     @torch.inference_mode()
-    def macs(self, model: PreTrainedModel) -> list[MacCount]:
-        counts = []
+    def work(self, model: PreTrainedModel) -> tuple[list[MacCount], list[float]]:
+        """What each batch costs, and the mean tokens of an input that leave each layer."""
+        counts, tokens = [], torch.zeros(model.config.num_hidden_layers)
         for batch in self.subject.batches(self.size):
             call = EncoderCall(work=True)
             model(**batch, encoder_call=call)
             counts.append(count_call(call, model.config))
-        return counts
-
-    @torch.inference_mode()
-    def alive(self, model: PreTrainedModel) -> list[float]:
-        """Mean tokens of an input that leave each layer."""
-        sums = torch.zeros(model.config.num_hidden_layers)
-        for batch in self.subject.batches(self.size):
-            call = EncoderCall(work=True)
-            model(**batch, encoder_call=call)
-            sums += torch.tensor([work.feed_forward.sum().item() for work in call.layer_work])
-        return (sums / len(self.subject.inputs)).tolist()
+            tokens += torch.tensor([work.feed_forward.sum().item() for work in call.layer_work])
+        return counts, (tokens / len(self.subject.inputs)).tolist()
 
     def flops(self) -> tuple[list[Measured], list[str]]:
         """Of the first batch, three ways."""

@@ -34,7 +34,7 @@ HEADS = {
     "ForImageClassification": AutoModelForImageClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
 }
-DEFAULT_PRUNING = {"preset": "top_k", "keep_rate": 0.7}
+DEFAULT_PRUNING = '{"preset": "top_k", "keep_rate": 0.7}'
 
 Batch = dict[str, torch.Tensor]
 
@@ -68,7 +68,9 @@ class Subject:
 
     def batch(self, rows: list[int]) -> Batch:
         given = self.collate([self.inputs[row] for row in rows])
-        return {name: value.to(self.device) for name, value in given.items()}
+        dtype = self.models["pruned"].dtype
+        floats = {name for name, value in given.items() if value.is_floating_point()}
+        return {name: value.to(self.device, dtype if name in floats else None) for name, value in given.items()}
 
 
 def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
@@ -85,9 +87,8 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     images = hasattr(model.config, "patch_size")
     tokenizer = None if images else _tokenizer(source)
     stock = _stock(model)
-    own = getattr(model.config, "pruning", None)
-    wish = own or DEFAULT_PRUNING if arguments.pruning is None else written_pruning(arguments.pruning, tokenizer)
-    pruned = prune(stock, wish).eval()
+    own = getattr(model.config, "pruning", None) if arguments.pruning is None else None
+    pruned = prune(stock, own or written_pruning(arguments.pruning or DEFAULT_PRUNING, tokenizer)).eval()
     if not pruned.config.pruning.sites:
         raise ValueError("pruning (no sites) must have a layer at which tokens go: there is nothing to profile")
     models = {"baseline": stock, "unpadded": prune(stock, None).eval(), "pruned": pruned}
@@ -154,7 +155,7 @@ def _made_up_images(arguments: ProfileArguments, model: PreTrainedModel) -> list
     side = arguments.image_size or model.config.image_size
     shape = (model.config.num_channels, side, side)
     count = max([arguments.batch_size, *arguments.batch_sizes])
-    return [{"pixel_values": torch.randn(shape, generator=chance).to(model.dtype)} for _ in range(count)]
+    return [{"pixel_values": torch.randn(shape, generator=chance)} for _ in range(count)]
 
 
 def _real_inputs(

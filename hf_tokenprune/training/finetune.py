@@ -185,7 +185,7 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
         "machine": describe_machine(training.device),
         "train": trained.metrics,
         "test": tested.metrics,
-        "budgets": test_budgets(trainer),
+        "budgets": at_each_budget(trainer),
         "predicted": tested.predictions.argmax(-1).tolist(),
         "labels": tested.label_ids.tolist(),
         "log": trainer.state.log_history,
@@ -195,7 +195,7 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
     return report
 
 
-def test_budgets(trainer: TokenPruneTrainer) -> list[dict[str, float]]:
+def at_each_budget(trainer: TokenPruneTrainer) -> list[dict[str, float]]:
     """The metrics at each of the pruning's budgets; the model is left as it was."""
     model, pruning = trainer.pruned, trainer.pruned.config.pruning
     tested = []
