@@ -9,7 +9,6 @@ import datasets
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -21,6 +20,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
 from ..command_line import model_source, written_pruning
 from ..convert import prune

@@ -10,7 +10,6 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import packaged
