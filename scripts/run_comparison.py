@@ -25,7 +25,7 @@ from hf_tokenprune import packaged
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
-from hf_tokenprune.training.comparison import Recipe, summarise, table
+from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
 from hf_tokenprune.training.finetune import time_finetuned
 
 
@@ -115,9 +115,11 @@ def main() -> None:
     except (packaged.PackagedFileError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     write_atomically(comparison.folder / "comparison.json", json.dumps(report, indent=1).encode())
-    lines = table(report["quality"], report.get("speed"))
-    write_atomically(comparison.folder / "comparison.md", f"{lines}\n".encode())
-    print(lines)
+    tables = quality_table(report["quality"])
+    if "speed" in report:
+        tables += "\n\n" + time_table(**report["speed"])
+    write_atomically(comparison.folder / "comparison.md", f"{tables}\n".encode())
+    print(tables)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def _mean(reports: Sequence[Mapping[str, Any]], metric: str) -> float:
     return float(np.mean([report["test"][metric] for report in reports]))
 
 
-def table(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None = None) -> str:
-    """The rows as Markdown, and the times, where they were taken."""
+def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `summarise` as Markdown."""
     lines = [
         "| run | accuracy, % | of each seed | points to the control [95 %] | GMACs | of unpadded |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -119,17 +119,21 @@ def table(rows: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None = N
             f"| {row['run']} | {row['accuracy']:.2f} | {seeds} | {row['points_to_control']:+.2f} "
             f"[{low:+.2f}, {high:+.2f}] | {row['gmacs']:.3f} | {row['mac_ratio_to_unpadded']:.3f} |"
         )
-    if speed is None:
-        return "\n".join(lines)
-    lines += ["", "| time | ms per input | to padded | to padded, sorted | to unpadded | realised |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for row in speed["rows"]:
+    return "\n".join(lines)
+
+
+def time_table(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
+    """The rows of `speed_table` as Markdown, and where they were measured."""
+    lines = [
+        "| time | ms per input | to padded | to padded, sorted | to unpadded | realised |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
         ratios = " | ".join(
             f"{row[f'speedup_to_{other}']:.2f}x (>= {row[f'speedup_to_{other}_at_least']:.2f})"
             for other in ("padded", "padded, sorted by length", "unpadded")
         )
         realised = f"{row['realised']:.2f}" if "realised" in row else ""
         lines.append(f"| {row['model']} | {row['milliseconds_per_input']:.2f} | {ratios} | {realised} |")
-    machine = speed["machine"]
     where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
-    return "\n".join([*lines, "", f"{where}, transformers {machine['transformers']}"])
+    return "\n".join([*lines, "", f"Timed on {where}, transformers {machine['transformers']}."])

@@ -1,0 +1,69 @@
+"""Write a model card and its picture from what `run_comparison.py` measured.
+
+    python scripts/run_card.py --recipe recipes/minilm-20newsgroups-religion \\
+        --evidence model_cards/evidence/minilm-20newsgroups-religion.json
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from hf_tokenprune.command_line import parse_arguments
+from hf_tokenprune.files import write_atomically
+from hf_tokenprune.hub.cards import model_card, read_about
+from hf_tokenprune.viz import OperatingPoint, accuracy_over_macs
+
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+
+
+@dataclass
+class CardArguments:
+    recipe: str = field(metadata={"help": "Folder of the recipe, with card.yaml."})
+    evidence: str = field(metadata={"help": "comparison.json; the picture is written beside it."})
+    template: str = field(default=str(CARDS / "template.md"), metadata={"help": "A Jinja file."})
+    output: str | None = field(default=None, metadata={"help": "The card; model_cards/<recipe>.md if not given."})
+
+
+def card_text(arguments: CardArguments) -> str:
+    name, evidence = Path(arguments.recipe).name, Path(arguments.evidence)
+    measured = json.loads(evidence.read_text())
+    seeds = " ".join(map(str, measured["seeds"]))
+    command = f"python scripts/run_comparison.py --recipe recipes/{name} --seeds {seeds} --output_dir outputs/{name}"
+    card = model_card(
+        read_about(arguments.recipe),
+        measured,
+        command=command,
+        picture=f"evidence/{evidence.stem}.png",
+        template=arguments.template,
+    )
+    return f"{str(card).rstrip()}\n"
+
+
+def draw(arguments: CardArguments) -> None:
+    evidence = Path(arguments.evidence)
+    points = [
+        OperatingPoint(row["run"], row["gmacs"], row["accuracy"] / 100)
+        for row in json.loads(evidence.read_text())["quality"]
+        if row["run"] != "baseline"
+    ]
+    title = read_about(arguments.recipe)["title"]
+    accuracy_over_macs(points, evidence.with_suffix(".png"), title=title)
+
+
+def main() -> None:
+    try:
+        (arguments,) = parse_arguments(CardArguments)
+        text = card_text(arguments)
+        draw(arguments)
+    except (ImportError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    output = Path(arguments.output or CARDS / f"{Path(arguments.recipe).name}.md")
+    write_atomically(output, text.encode())
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
