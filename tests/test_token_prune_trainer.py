@@ -116,6 +116,8 @@ def test_evaluation_reports_what_count_macs_counts(tmp_path):
     expected = count_macs(trainer.model, batch).ratio
     assert trainer.evaluate()["eval_mac_ratio"] == pytest.approx(expected)
     assert trainer.predict(rows_of()).metrics["test_mac_ratio"] == pytest.approx(expected)
+    unlabelled = [{name: value for name, value in row.items() if name != "labels"} for row in rows_of()]
+    assert trainer.predict(unlabelled).metrics["test_mac_ratio"] == pytest.approx(expected)
 
 
 def test_a_warm_up_ends_at_the_target_and_is_evaluated_there(tmp_path):

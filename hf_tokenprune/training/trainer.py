@@ -31,8 +31,8 @@ class TokenPruneTrainer(Trainer):
         - The loss has the distillation terms, and in a sandwich those of several budgets.
         - The pruner's parameters have a learning rate of their own, and no weight decay.
         - Callbacks follow from the arguments: keep-rate warm-up, soft to hard.
-        - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio of labelled data, and in
-          1e9 MACs what an input of theirs costs.
+        - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio, and what an input costs in
+          1e9 MACs.
         - Logs carry the MAC ratio and the alive tokens of each site.
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
@@ -180,12 +180,7 @@ class TokenPruneTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         if not model.training:
-            call = EncoderCall(work=True)
-            result = super().compute_loss(model, {**inputs, "encoder_call": call}, return_outputs, num_items_in_batch)
-            if self._evaluated is not None:
-                costs = torch.stack(sample_macs(call, self.pruned.config), dim=1)
-                self._evaluated.append(self.gather_function(costs).cpu())
-            return result
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self._sandwich(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise ValueError(
@@ -193,6 +188,14 @@ class TokenPruneTrainer(Trainer):
                 "other data; the checkpoints that were saved are as they were"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        call = EncoderCall(work=True)
+        result = super().prediction_step(model, {**inputs, "encoder_call": call}, *args, **kwargs)
+        if self._evaluated is not None:
+            costs = torch.stack(sample_macs(call, self.pruned.config), dim=1)
+            self._evaluated.append(self.gather_function(costs).cpu())
+        return result
 
     def _sandwich(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[torch.Tensor, Any]:
         """The loss at the current pruning; in a sandwich unpruned, and at the smallest and random budgets the KL to
