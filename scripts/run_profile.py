@@ -21,12 +21,13 @@ from hf_tokenprune import packaged
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.run import run_profile
+from hf_tokenprune.viz.profile_plots import draw_profile
 
 
 def main() -> None:
     try:
         (arguments,) = parse_arguments(ProfileArguments)
-        report = run_profile(arguments)
+        report = run_profile(arguments, draw_profile)
     except (
         packaged.PackagedFileError,
         ImportError,

@@ -16,6 +16,7 @@ from hf_tokenprune.profiling.memory import peak_resident
 from hf_tokenprune.profiling.operators import count_flops
 from hf_tokenprune.profiling.run import run_profile
 from hf_tokenprune.profiling.session import Session
+from hf_tokenprune.viz.profile_plots import draw_profile
 
 
 PRUNING = {"preset": "top_k", "layers": [1, 2], "keep_rate": 0.5}
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def profile(model: Path, output: Path, **changes: Any) -> Any:
     given = {"pruning": json.dumps(PRUNING), "lengths": [30, 12, 21], "rounds": 3, "batch_sizes": [1], "device": "cpu"}
-    return run_profile(ProfileArguments(str(model), str(output), **given | changes))
+    return run_profile(ProfileArguments(str(model), str(output), **given | changes), draw_profile)
 
 
 def test_a_folder_with_everything(model, tmp_path):

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +12,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 
-from ..viz.profile_plots import draw_profile
 from .arguments import ProfileArguments
 from .report import Report
 from .session import Session
 from .subject import load_subject
 
 
-def run_profile(arguments: ProfileArguments) -> Report:
+def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], object]) -> Report:
     """Profiles the stock model, our engine with nothing pruned and the pruned model, and writes all into a folder.
 
     The folder gets its files when all of them are there.
+
+    Args:
+        draw: makes pictures of the report in a folder.
 
     Raises:
         OSError, TypeError, ValueError: as `load_subject` has them; a device that is not there.
@@ -41,7 +43,7 @@ def run_profile(arguments: ProfileArguments) -> Report:
         notes = [f"Out of memory in batches of {tried[0]}: halved to {size}."] if tried[1:] else []
         with _whole_folder(Path(arguments.output_dir)) as folder:
             report = Session(replace(arguments, batch_size=size), subject, accelerator, folder).run(notes)
-            draw_profile(report, folder)
+            draw(report, folder)
             (folder / "report.md").write_text(report.to_markdown())
             (folder / "report.json").write_text(report.to_json())
         return report
