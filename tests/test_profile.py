@@ -12,6 +12,7 @@ from transformers import ViTForImageClassification
 from hf_tokenprune import count_macs, prune
 from hf_tokenprune.profiling import peak_memory
 from hf_tokenprune.profiling.arguments import ProfileArguments
+from hf_tokenprune.profiling.baselines import stock_model
 from hf_tokenprune.profiling.memory import peak_resident
 from hf_tokenprune.profiling.operators import count_flops
 from hf_tokenprune.profiling.run import run_profile
@@ -73,6 +74,16 @@ def test_three_ways_of_counting_agree(case, execution):
         assert counts.counter == pytest.approx(counts.formula, rel=0.01)
         assert counts.profiler == pytest.approx(counts.formula, rel=0.01)
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_stock_model_is_native_and_the_same():
+    native = tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT))
+    ours = prune(native, PRUNING)
+    stock = stock_model(ours)
+    assert type(stock) is ViTForImageClassification and stock_model(native) is native
+    inputs = tiny.image_inputs(2)
+    with torch.no_grad():
+        assert torch.equal(stock(**inputs).logits, native(**inputs).logits)
 
 
 def test_memory_is_what_was_held():

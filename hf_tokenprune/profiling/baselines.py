@@ -7,10 +7,21 @@ import torch
 from transformers import PreTrainedModel
 
 from ..convert import prune
+from ..families import native_to_pruned
 from .latency import Timing, speedup, speedup_bound, time_interleaved
 
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
+
+
+def stock_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The native model with the same weights, copied; a native one as it is."""
+    native = {ours: native for native, ours in native_to_pruned().items()}.get(type(model))
+    if native is None:
+        return model
+    stock = native(model.config)
+    stock.load_state_dict(model.state_dict(), strict=False)  # token predictors stay behind
+    return stock.to(device=model.device, dtype=model.dtype).train(model.training)
 
 
 @torch.inference_mode()
@@ -27,12 +38,12 @@ def time_against_baselines(
     """Times the same inputs through each model in turn.
 
     Args:
-        stock: the native model, for the padded batches; the unpadded baseline has the pruned model's own weights.
+        stock: for the padded batches; one of ours is made native. The unpadded baseline has the pruned model's weights.
         arrival, by_length: batches of the inputs, without labels, as they come and sorted by length.
         seconds: no round is begun after so long, except the first three.
         progress: wraps the iteration over rounds, for example `tqdm`.
     """
-    unpadded = prune(pruned, None).eval()
+    stock, unpadded = stock_model(stock), prune(pruned, None).eval()
     candidates = {
         "padded": lambda: [stock(**batch) for batch in arrival],
         "padded, sorted by length": lambda: [stock(**batch) for batch in by_length],

@@ -25,8 +25,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import load_classification, read_images, tokenize
-from ..families import native_to_pruned
 from .arguments import ProfileArguments
+from .baselines import stock_model
 
 
 HEADS = {
@@ -86,7 +86,7 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     model = _load_model(source, arguments).to(device).eval()
     images = hasattr(model.config, "patch_size")
     tokenizer = None if images else _tokenizer(source)
-    stock = _stock(model)
+    stock = stock_model(model).eval()
     own = getattr(model.config, "pruning", None) if arguments.pruning is None else None
     pruned = prune(stock, own or written_pruning(arguments.pruning or DEFAULT_PRUNING, tokenizer)).eval()
     if not pruned.config.pruning.sites:
@@ -114,17 +114,6 @@ def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         return None
-
-
-def _stock(model: PreTrainedModel) -> PreTrainedModel:
-    """The native model with the same weights."""
-    natives = {ours: native for native, ours in native_to_pruned().items()}
-    native = natives.get(type(model))
-    if native is None:
-        return model
-    stock = native(model.config)
-    stock.load_state_dict(model.state_dict(), strict=False)  # token predictors stay behind
-    return stock.to(device=model.device, dtype=model.dtype).eval()
 
 
 def _made_up_texts(arguments: ProfileArguments, model: PreTrainedModel) -> list[dict[str, Any]]:

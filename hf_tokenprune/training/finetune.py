@@ -210,7 +210,7 @@ def time_finetuned(folder: Path, stock: Path, inputs: int, rounds: int) -> list[
     """Times what `finetune` left in `folder` on its test inputs, beside the stock and the unpadded model.
 
     Args:
-        stock: folder of the native model that the padded batches go through.
+        stock: folder of the model whose weights the stock model has.
         inputs: test inputs, at most.
     """
     report = json.loads((folder / "report.json").read_text())
