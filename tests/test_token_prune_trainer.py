@@ -193,6 +193,12 @@ def test_a_sandwich_is_the_full_model_the_smallest_and_a_random_one(tmp_path):
     assert model.config.pruning == start
 
 
+def test_predictions_are_in_the_order_of_the_data(tmp_path):
+    trainer = trainer_for(TOP_K, tmp_path, train_sampling_strategy="group_by_length")
+    expected = torch.stack([row["labels"] for row in rows_of()]).tolist()
+    assert trainer.predict(rows_of()).label_ids.tolist() == expected
+
+
 @pytest.mark.parametrize("pruning", [TOP_K, {"preset": "adaptive", "layers": [1, 2], "threshold": 2.0}])
 def test_budgets_are_found(pruning, tmp_path):
     trainer = trainer_for(pruning, tmp_path, budgets=[0.8, 0.65, 1.0], max_steps=1, learning_rate=0.0)

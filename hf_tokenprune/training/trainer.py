@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import has_length
 
 from ..convert import prune
 from ..modeling.modeling_tokenprune import PRUNER_MODULES, Prunable
@@ -34,6 +36,7 @@ class TokenPruneTrainer(Trainer):
         - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio, and what an input costs in
           1e9 MACs.
         - Logs carry the MAC ratio and the alive tokens of each site.
+        - Predictions are in the data's order, grouped by length or not: padding costs nothing here.
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
 
@@ -188,6 +191,9 @@ class TokenPruneTrainer(Trainer):
                 "other data; the checkpoints that were saved are as they were"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         call = EncoderCall(work=True)
