@@ -92,9 +92,16 @@ def summarise(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
                 "mac_ratio_to_unpadded": _mean(own, "test_gmacs") / unpadded,
                 "mac_ratio_to_stock": _mean(own, "test_mac_ratio"),
                 "training_seconds": [report["train"]["train_runtime"] for report in own],
+                "at_budgets": [_at_budgets(report) for report in own],
             }
         )
     return rows
+
+
+def _at_budgets(report: Mapping[str, Any]) -> list[dict[str, float]]:
+    """What one checkpoint costs and gets right at each of its budgets."""
+    names = {"budget": "budget", "test_mac_ratio": "mac_ratio_to_stock", "test_accuracy": "accuracy"}
+    return [{new: budget[old] for old, new in names.items()} for budget in report.get("budgets", ())]
 
 
 def right(reports: Sequence[Mapping[str, Any]]) -> np.ndarray:
