@@ -7,7 +7,7 @@ from types import MappingProxyType, ModuleType
 
 import transformers
 
-from .modeling.modeling_tokenprune import TransformersTooOld
+from .modeling.transformers_version import TransformersTooOld
 
 
 @dataclass(frozen=True)

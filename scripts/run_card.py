@@ -12,8 +12,8 @@ import yaml
 
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
-from hf_tokenprune.hub.cards import model_card, read_about
-from hf_tokenprune.viz import OperatingPoint, accuracy_over_macs
+from hf_tokenprune.hub.cards import measured_card, read_about
+from hf_tokenprune.viz import comparison_picture
 
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -28,14 +28,11 @@ class CardArguments:
 
 
 def card_text(arguments: CardArguments) -> str:
-    name, evidence = Path(arguments.recipe).name, Path(arguments.evidence)
-    measured = json.loads(evidence.read_text())
-    seeds = " ".join(map(str, measured["seeds"]))
-    command = f"python scripts/run_comparison.py --recipe recipes/{name} --seeds {seeds} --output_dir outputs/{name}"
-    card = model_card(
+    evidence = Path(arguments.evidence)
+    card = measured_card(
         read_about(arguments.recipe),
-        measured,
-        command=command,
+        json.loads(evidence.read_text()),
+        recipe=Path(arguments.recipe).name,
         picture=f"evidence/{evidence.stem}.png",
         template=arguments.template,
     )
@@ -44,13 +41,8 @@ def card_text(arguments: CardArguments) -> str:
 
 def draw(arguments: CardArguments) -> None:
     evidence = Path(arguments.evidence)
-    points = [
-        OperatingPoint(row["run"], row["gmacs"], row["accuracy"] / 100)
-        for row in json.loads(evidence.read_text())["quality"]
-        if row["run"] != "baseline"
-    ]
     title = read_about(arguments.recipe)["title"]
-    accuracy_over_macs(points, evidence.with_suffix(".png"), title=title)
+    comparison_picture(json.loads(evidence.read_text()), evidence.with_suffix(".png"), title=title)
 
 
 def main() -> None:

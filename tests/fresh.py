@@ -39,11 +39,19 @@ class Finished:
     printed: str
 
 
-def run_fresh(script: str, folder: Path, **arguments: Any) -> Finished:
+def run_fresh(
+    script: str,
+    folder: Path,
+    *,
+    python: str = sys.executable,
+    variables: dict[str, str] | None = None,
+    **arguments: Any,
+) -> Finished:
     """Runs `script`, which reads the dict `ARGUMENTS` and fills the dict `RESULT`, both JSON.
 
     Args:
         folder: where it runs and where the code of models is cached; better empty.
+        python: of another environment. variables: of the environment, further ones.
 
     Raises:
         AssertionError: with everything it printed, if it failed.
@@ -57,12 +65,12 @@ def run_fresh(script: str, folder: Path, **arguments: Any) -> Finished:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",
         "TRANSFORMERS_VERBOSITY": "warning",
-    }
+    } | (variables or {})
     answer = folder / "result.json"
     answer.unlink(missing_ok=True)
     program = folder / "script.py"
     program.write_text(PRELUDE + textwrap.dedent(script) + EPILOGUE)
-    command = [sys.executable, str(program), json.dumps(arguments), str(answer)]
+    command = [python, str(program), json.dumps(arguments), str(answer)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from ..checkpoints import HEADS, NO_HEAD, task_of
+from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
-from ..training.comparison import CONTROL, quality_table, time_table
+from ..training.comparison import quality_table, time_table
 
 
-NEEDED = ("title", "base_model", "license", "language", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
+NEEDED = ("title", "base_model", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
+TAGS = Prunable.model_tags
 
 
 def read_about(recipe: str | Path) -> dict[str, Any]:
@@ -29,11 +32,11 @@ def read_about(recipe: str | Path) -> dict[str, Any]:
     return about
 
 
-def model_card(
+def measured_card(
     about: Mapping[str, Any],
     evidence: Mapping[str, Any],
     *,
-    command: str,
+    recipe: str,
     picture: str,
     template: str | Path,
 ) -> ModelCard:
@@ -41,42 +44,101 @@ def model_card(
 
     Args:
         about: as `read_about` gives it. evidence: what `run_comparison.py` wrote.
-        command: what reproduces it. picture: its accuracy over MACs, as the card names the file.
+        recipe: its folder's name. picture: its accuracy over MACs, as the card names the file.
         template: a Jinja file.
     """
     rows = {row["run"]: row for row in evidence["quality"]}
     pruned = rows["pruned"]
-    data = ModelCardData(
+    pruning = PruningConfig.from_dict(evidence["prunings"][0])
+    seeds = " ".join(map(str, evidence["seeds"]))
+    data = _metadata(
+        about["title"],
         base_model=about["base_model"],
         datasets=[about["dataset"]],
         eval_results=[_result(about, pruned)],
-        language=about["language"],
-        library_name="transformers",
+        language=about.get("language"),
         license=about["license"],
         metrics=["accuracy"],
-        model_name=about["title"],
         pipeline_tag=about["pipeline_tag"],
-        tags=["token-pruning", "hf_tokenprune"],
     )
-    pruning = PruningConfig.from_dict(evidence["prunings"][0])
     return ModelCard.from_template(
         data,
         template_path=str(template),
-        title=about["title"],
         about=about,
-        pruned=pruned,
-        control=rows[CONTROL],
-        quality=quality_table(evidence["quality"]),
-        speed=time_table(**evidence["speed"]) if "speed" in evidence else None,
-        timed=evidence.get("speed", {}).get("rows", [{}])[-1],
-        sites=[(layer, site) for layer, site in sorted(pruning.sites.items())],
-        budgets=[macs for macs, _ in pruning.budgets],
-        seeds=evidence["seeds"],
-        machine=evidence["machine"],
-        recipe=evidence["recipe"],
-        command=command,
-        picture=picture,
+        measured={
+            "pruned": pruned,
+            "quality": quality_table(evidence["quality"]),
+            "speed": time_table(**evidence["speed"]) if "speed" in evidence else None,
+            "timed": evidence.get("speed", {}).get("rows", [{}])[-1],
+            "seeds": evidence["seeds"],
+            "machine": evidence["machine"],
+            "command": f"python scripts/run_comparison.py --recipe recipes/{recipe} --seeds {seeds} "
+            f"--output_dir outputs/{recipe}",
+            "picture": picture,
+        },
+        **_of_pruning(pruning, about["pipeline_tag"]),
     )
+
+
+def unmeasured_card(
+    config: Any, *, title: str, base_model: str | None, license: str | None, template: str | Path
+) -> ModelCard:
+    """The card of a model that nothing was measured of: what its config says, and that.
+
+    Args:
+        config: of one of our models.
+    """
+    pipeline_tag = task_of(config).pipeline_tag
+    data = _metadata(title, base_model=base_model, license=license, pipeline_tag=pipeline_tag)
+    about = {"title": title, "base_model": base_model, "limits": [], "pipeline_tag": pipeline_tag}
+    return ModelCard.from_template(
+        data,
+        template_path=str(template),
+        about=about,
+        measured=None,
+        **_of_pruning(config.pruning, pipeline_tag),
+    )
+
+
+def evaluation_results(about: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pruned model's accuracy in the form of the Hub's `.eval_results` files."""
+    pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    entry = EvalResultEntry(
+        dataset_id=about["dataset"],
+        task_id=about["pipeline_tag"],
+        value=_share(pruned["accuracy"]),
+        notes=f"accuracy on {about['split']}, {_at_macs(pruned)}, seeds {', '.join(map(str, evidence['seeds']))}",
+    )
+    return eval_result_entries_to_yaml([entry])
+
+
+def _metadata(title: str, **known: Any) -> ModelCardData:
+    return ModelCardData(
+        library_name="transformers",
+        model_name=title,
+        tags=list(TAGS),
+        **{k: v for k, v in known.items() if v is not None},
+    )
+
+
+def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str) -> dict[str, Any]:
+    """What the template says of a pruning, and of how such a model is loaded."""
+    return {
+        "sites": [] if pruning is None else sorted(pruning.sites.items()),
+        "budgets": [] if pruning is None else [macs for macs, _ in pruning.budgets],
+        "auto_class": next(
+            (task.auto for task in HEADS.values() if task.pipeline_tag == pipeline_tag), NO_HEAD.auto
+        ).__name__,
+        "images": pipeline_tag == "image-classification",
+    }
+
+
+def _at_macs(pruned: Mapping[str, Any]) -> str:
+    return f"at {pruned['mac_ratio_to_unpadded']:.3f} of the unpadded model's MACs"
+
+
+def _share(percent: float) -> float:
+    return round(percent / 100, 4)
 
 
 def _result(about: Mapping[str, Any], pruned: Mapping[str, Any]) -> EvalResult:
@@ -86,6 +148,6 @@ def _result(about: Mapping[str, Any], pruned: Mapping[str, Any]) -> EvalResult:
         dataset_name=about["dataset_title"],
         dataset_split=about["split"],
         metric_type="accuracy",
-        metric_name=f"accuracy at {pruned['mac_ratio_to_unpadded']:.3f} of the unpadded model's MACs",
-        metric_value=round(pruned["accuracy"] / 100, 4),
+        metric_name=f"accuracy {_at_macs(pruned)}",
+        metric_value=_share(pruned["accuracy"]),
     )

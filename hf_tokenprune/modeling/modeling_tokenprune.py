@@ -12,8 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
-from packaging import version
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
@@ -29,11 +27,15 @@ from .token_state import TokenState, start_state
 
 
 # What a pruning has parameters in, wherever in a model.
-PRUNER_MODULES = ("token_predictor", "token_mask", "token_budget")
+PREDICTORS = ("token_predictor",)
+VALUES = ("token_mask", "token_budget")  # learned values of the sites, and what they are learned with
+PRUNER_MODULES = (*PREDICTORS, *VALUES)
 
 
 class Prunable:
     """What base models and heads have in common for their user."""
+
+    model_tags = ["token-pruning", "hf_tokenprune"]
 
     def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
         """Switches the pruning from now on. None is the exact unpruned model.
@@ -421,16 +423,6 @@ class TokenPruneHead(Prunable):
             extra = self.base_model.pruning_loss(call)
             outputs["loss"] = outputs["loss"] if extra is None else outputs["loss"] + extra
         return self.output_class(**outputs, token_trace=call.token_trace())
-
-
-class TransformersTooOld(ImportError):
-    """A family needs a later release of transformers."""
-
-
-def require_transformers(minimum: str, what: str) -> None:
-    """Raises `TransformersTooOld` below the release that a family needs."""
-    if version.parse(transformers.__version__) < version.parse(minimum):
-        raise TransformersTooOld(f"{what} needs transformers >= {minimum}; this is {transformers.__version__}")
 
 
 def register_family(*, config: type, natives: dict[type, type], auto: dict[str, type | tuple[type, ...]]) -> None:

@@ -3,6 +3,8 @@
 Shapes: B samples, N input length, D features; `..` is `1, T` packed and `B, N` otherwise.
 """
 
+from .transformers_version import MINIMUM  # noqa: F401  # isort: skip
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """DeiT with token pruning: pre-LN image encoder, two structural tokens (the class and the distillation token)."""
 
+from .transformers_version import MINIMUM  # noqa: F401  # isort: skip
+
 from typing import Any
 
 import torch

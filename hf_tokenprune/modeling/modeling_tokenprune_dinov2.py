@@ -1,5 +1,7 @@
 """DINOv2 with token pruning: pre-LN image encoder with LayerScale, one structural token (the class token)."""
 
+from .transformers_version import require_transformers  # isort: skip
+
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,7 @@ from transformers.models.dinov2.modeling_dinov2 import (
 )
 
 from .configuration_tokenprune import TokenPruneConfigMixin
-from .modeling_tokenprune import register_family, require_transformers
+from .modeling_tokenprune import register_family
 from .modeling_tokenprune_images import (
     Dinov2Anatomy,
     Dinov2LikeClassifier,

@@ -1,5 +1,7 @@
 """DINOv2 with registers and token pruning: structural tokens are the class token and the registers behind it."""
 
+from .transformers_version import require_transformers  # isort: skip
+
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 )
 
 from .configuration_tokenprune import TokenPruneConfigMixin
-from .modeling_tokenprune import register_family, require_transformers
+from .modeling_tokenprune import register_family
 from .modeling_tokenprune_images import (
     Dinov2Anatomy,
     Dinov2LikeClassifier,

@@ -1,5 +1,7 @@
 """ViT with token pruning: pre-LN image encoder, one structural token (the class token)."""
 
+from .transformers_version import MINIMUM  # noqa: F401  # isort: skip
+
 from typing import Any
 
 from torch import nn

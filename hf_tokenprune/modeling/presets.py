@@ -189,15 +189,17 @@ def _adaptive(
     threshold: float | Sequence[float] = 0.05,
     saliency: str = "cls_attention",
     relative_to: str = "mean",
+    place: str = "between",
 ) -> dict[str, Any]:
     """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more.
 
     `relative_to="median"`: the median one, which the few tokens that get most of the attention do not move.
+    `saliency="learned"`, `place="before"`: a small predictor skims what goes into each layer (Transkimmer, ACL 2022).
     """
     layers = check_sequence("layers", layers)
     values = _each_site("threshold", threshold, layers, check_threshold)
     rule = _RELATIVE[check_choice("relative_to", relative_to, _RELATIVE)]
-    return {"stages": [PruningStage(layers, saliency, rule, values)]}
+    return {"stages": [PruningStage(layers, saliency, rule, values, place=place)]}
 
 
 _RELATIVE = {"mean": "relative_threshold", "median": "median_threshold"}

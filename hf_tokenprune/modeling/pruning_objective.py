@@ -41,7 +41,7 @@ OBJECTIVES = MappingProxyType(
         # a hard Gumbel mask of the predictor, penalty x mean_s (mean mask - rate_s)^2 (DynamicViT, NeurIPS 2021)
         "dynamicvit": Method(("keep_rate",), ("learned",), 2.0, 1.0),
         # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio
-        "budget": Method(("threshold", "relative_threshold", "median_threshold"), _VOTES, None, 0.2),
+        "budget": Method(("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "learned"), None, 0.2),
     }
 )
 

@@ -150,15 +150,26 @@ def soften(
 
 
 def soften_learned(
-    predictor: TokenPredictor, hidden: torch.Tensor, state: TokenState, objective: Objective
+    predictor: TokenPredictor,
+    hidden: torch.Tensor,
+    state: TokenState,
+    site: Site,
+    objective: Objective,
+    module: nn.Module | None,
 ) -> SoftReduction:
-    """The reduction of a site whose masks a predictor draws: 0 or 1, with the gradient of a Gumbel softmax.
+    """The reduction of a site that a predictor scores: masks of its scores, or, where the objective learns no
+    threshold, drawn ones, 0 or 1, with the gradient of a Gumbel softmax.
 
-    hidden: [.., D] laid out as the state's rows. Its mean, in the predictor, is over the tokens that are left.
+    hidden: [.., D] laid out as the state's rows. Means, in the predictor and of its scores, are over what is left.
     """
     counted = state.weights.masked_fill(state.alive.cumsum(dim=1) <= state.input.prefix, 0.0)
     rows = state.layout.spread(hidden).masked_fill(~state.alive[..., None], 0.0)
     choices = predictor(rows, counted).float()  # [B, K, 2]
+    if objective.learns_values:
+        stays = choices[..., 0].exp()
+        return soften(
+            stays / (stays * counted).sum(dim=1, keepdim=True).clamp(min=1e-12), state, site, objective, module
+        )
     drawn = nn.functional.gumbel_softmax(choices, tau=objective.temperature, hard=True, dim=-1)
     return _weighed(drawn[..., 0], state, objective)
 

@@ -171,11 +171,11 @@ class TokenPruneLayer:
         if site is not None:
             with named(f"layer {site.layer}"):
                 if plan.soft is not None:
-                    reduction = soften_learned(self.predictor, hidden, state, plan.soft)
+                    reduction = self._soften_learned(hidden, state, plan)
                 else:
                     with _gradient_for(site):
                         scores = self._scores_of_input(hidden, state, site)
-                    reduction = begin_reduction(scores, state, site, plan.pruning)
+                    reduction = begin_reduction(scores, state, self._learned(site), plan.pruning)
                 before = getattr(reduction, "decided", None)
                 hidden, state = reduction.finish(_moved(hidden, state, reduction.state))
         hidden, attending, left, decided, attention_map = self._attention_half(hidden, state, plan, config)
@@ -228,13 +228,20 @@ class TokenPruneLayer:
 
     def _begin(self, given: Projections, state: TokenState, plan: LayerPlan) -> Reduction | SoftReduction:
         if plan.soft is not None and plan.site.saliency == "learned":
-            return soften_learned(self.predictor, given.hidden, state, plan.soft)
+            return self._soften_learned(given.hidden, state, plan)
         scores = self._scores(given, state, plan)
-        mask = self._modules.get("token_mask")
         if plan.soft is not None:
-            return soften(scores.saliency, state, plan.site, plan.soft, mask)
-        site = plan.site if mask is None else replace(plan.site, value=mask.value)
-        return begin_reduction(scores, state, site, plan.pruning)
+            return soften(scores.saliency, state, plan.site, plan.soft, self._modules.get("token_mask"))
+        return begin_reduction(scores, state, self._learned(plan.site), plan.pruning)
+
+    def _soften_learned(self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan) -> SoftReduction:
+        mask = self._modules.get("token_mask")
+        return soften_learned(self.predictor, hidden, state, plan.site, plan.soft, mask)
+
+    def _learned(self, site: Site) -> Site:
+        """The site with the value that it has learned so far."""
+        mask = self._modules.get("token_mask")
+        return site if mask is None else replace(site, value=mask.value)
 
     def _kernel(self, plan: LayerPlan, config: Any) -> AttentionKernel:
         module = self.attention_module

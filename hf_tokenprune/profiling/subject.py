@@ -9,10 +9,6 @@ import datasets
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -22,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
+from ..checkpoints import load_model, takes_images, task_of
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import load_classification, read_images, tokenize
@@ -29,11 +26,6 @@ from .arguments import ProfileArguments
 from .baselines import stock_model
 
 
-HEADS = {
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-    "ForImageClassification": AutoModelForImageClassification,
-    "ForTokenClassification": AutoModelForTokenClassification,
-}
 DEFAULT_PRUNING = '{"preset": "top_k", "keep_rate": 0.7}'
 
 Batch = dict[str, torch.Tensor]
@@ -84,7 +76,7 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     set_seed(arguments.seed)
     source = model_source(arguments.model_name_or_path)
     model = _load_model(source, arguments).to(device).eval()
-    images = hasattr(model.config, "patch_size")
+    images = takes_images(model.config)
     tokenizer = None if images else _tokenizer(source)
     stock = stock_model(model).eval()
     own = getattr(model.config, "pruning", None) if arguments.pruning is None else None
@@ -101,11 +93,9 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
 def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedModel:
     given = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attn_implementation}
     config = AutoConfig.from_pretrained(source, **arguments.overrides)
-    name = (config.architectures or ["Model"])[0]
-    auto = next((auto for head, auto in HEADS.items() if name.endswith(head)), AutoModel)
     if arguments.random_weights:
-        return auto.from_config(config, **given)
-    return auto.from_pretrained(source, config=config, **given)
+        return task_of(config).auto.from_config(config, **given)
+    return load_model(source, config=config, **given)
 
 
 def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:

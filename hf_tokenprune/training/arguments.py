@@ -16,6 +16,9 @@ class TokenPruneTrainingArguments(TrainingArguments):
     pruner_learning_rate: float | None = field(
         default=None, metadata={"help": "Of token predictors, masks and multipliers; the learning rate if not given."}
     )
+    predictor_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of token predictors; that of the pruner if not given."}
+    )
     distillation_weight: float = field(
         default=0.0, metadata={"help": "Of KL(teacher || student) on logits, times the squared temperature."}
     )
@@ -53,7 +56,8 @@ class TokenPruneTrainingArguments(TrainingArguments):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
         for name in ("distillation_weight", "token_distillation_weight", "sandwich_samples", "budget_samples"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
-        for name in ("pruner_learning_rate", "distillation_temperature", "final_temperature"):
+        rates = ("pruner_learning_rate", "predictor_learning_rate")
+        for name in (*rates, "distillation_temperature", "final_temperature"):
             _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "> 0")
         for budget in self.budgets or ():
             _check("budgets", budget, 0.0 < budget <= 1.0, "in (0, 1]")

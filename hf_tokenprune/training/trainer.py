@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from ..convert import prune
-from ..modeling.modeling_tokenprune import PRUNER_MODULES, Prunable
+from ..modeling.modeling_tokenprune import PREDICTORS, VALUES, Prunable
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
@@ -108,18 +108,20 @@ class TokenPruneTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        rate = self.args.pruner_learning_rate
-        own = {
-            id(parameter)
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and any(part in PRUNER_MODULES for part in name.split("."))
-        }
-        if not fresh or rate is None or not own:
-            return optimizer
-        moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in own]
-        optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
+        values = self.args.pruner_learning_rate
+        predictors = self.args.predictor_learning_rate or values
+        for rate, names in ((predictors, PREDICTORS), (values, VALUES)) if fresh else ():
+            own = {
+                id(parameter)
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad and any(part in names for part in name.split("."))
+            }
+            if rate is None or not own:
+                continue
+            moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

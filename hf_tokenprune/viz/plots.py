@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import write_atomically
 
@@ -72,6 +72,16 @@ def accuracy_over_macs(points: Sequence[OperatingPoint], path: str | os.PathLike
     content = io.BytesIO()
     _draw(points, title).savefig(content, format="png")
     return write_atomically(path, content.getvalue())
+
+
+def comparison_picture(evidence: Mapping[str, Any], path: str | os.PathLike[str], *, title: str) -> Path:
+    """`accuracy_over_macs` of the runs of a comparison, as `run_comparison.py` wrote it down."""
+    points = [
+        OperatingPoint(row["run"], row["gmacs"], row["accuracy"] / 100)
+        for row in evidence["quality"]
+        if row["run"] != "baseline"
+    ]
+    return accuracy_over_macs(points, path, title=title)
 
 
 def _draw(points: Sequence[OperatingPoint], title: str) -> Figure:

@@ -1,0 +1,61 @@
+"""What a checkpoint is, by its config: the Auto class that loads it, its task, and what makes its inputs."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
+
+
+class Task(NamedTuple):
+    """The Auto class that loads a head, and the Hub's name for what it does."""
+
+    auto: type
+    pipeline_tag: str
+
+
+HEADS = {
+    "ForSequenceClassification": Task(AutoModelForSequenceClassification, "text-classification"),
+    "ForTokenClassification": Task(AutoModelForTokenClassification, "token-classification"),
+    "ForImageClassification": Task(AutoModelForImageClassification, "image-classification"),
+    "ForImageClassificationWithTeacher": Task(AutoModelForImageClassification, "image-classification"),
+}
+NO_HEAD = Task(AutoModel, "feature-extraction")
+
+
+def task_of(config: PreTrainedConfig) -> Task:
+    """The task of the head that a config was saved with."""
+    name = (config.architectures or [""])[0]
+    return next((task for head, task in HEADS.items() if name.endswith(head)), NO_HEAD)
+
+
+def takes_images(config: PreTrainedConfig) -> bool:
+    return hasattr(config, "patch_size")
+
+
+def load_model(source: str | Path, **given: Any) -> PreTrainedModel:
+    """The model with the head that it was saved with."""
+    config = given.pop("config", None) or AutoConfig.from_pretrained(source)
+    return task_of(config).auto.from_pretrained(source, config=config, **given)
+
+
+def load_processing(source: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    """The tokenizer or the image processor beside a model.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    if takes_images(config):
+        return AutoImageProcessor.from_pretrained(source, backend="pil")
+    return AutoTokenizer.from_pretrained(source)

@@ -1,0 +1,105 @@
+"""Publish a pruned model on the Hub in one commit: weights, code, tokenizer or image processor, card, evidence.
+
+    python scripts/run_push.py --model_name_or_path out/seed-0/pruned/model --repo_id you/your-model \\
+        --recipe recipes/minilm-20newsgroups-religion --evidence out/comparison.json
+    python scripts/run_push.py --model_name_or_path pruned --base_model your/bert --license apache-2.0 --stage_dir look
+    python scripts/run_push.py --model_name_or_path your/bert --pruning top_k --repo_id you/bert-top-k --private
+
+With a recipe and what `run_comparison.py` measured, the card says that; otherwise it says that nothing was measured.
+The token is that of `HF_TOKEN` or `hf auth login`. With `stage_dir` the files stay there to be looked at, and nothing
+is published without a `repo_id`.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_tokenprune import packaged
+from hf_tokenprune.checkpoints import load_model, load_processing
+from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
+from hf_tokenprune.convert import prune
+from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, unmeasured_card
+from hf_tokenprune.hub.push import PushError, push, stage
+from hf_tokenprune.viz import comparison_picture
+
+
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+
+
+@dataclass
+class PushArguments:
+    model_name_or_path: str = field(
+        metadata={"help": f"Hub id, folder, or one of {', '.join(packaged.available_models())}; pruned or to be."}
+    )
+    repo_id: str | None = field(default=None, metadata={"help": "Where it is published: user/name."})
+    pruning: str | None = field(
+        default=None, metadata={"help": "A preset's name, JSON or a .json file; the model's own if not given."}
+    )
+    recipe: str | None = field(default=None, metadata={"help": "Folder of the recipe that made it, with card.yaml."})
+    evidence: str | None = field(default=None, metadata={"help": "comparison.json of that recipe."})
+    title: str | None = field(default=None, metadata={"help": "The card's heading, without a recipe."})
+    base_model: str | None = field(default=None, metadata={"help": "Hub id, without a recipe."})
+    license: str | None = field(default=None, metadata={"help": "The model's licence, without a recipe: apache-2.0."})
+    template: str = field(default=str(TEMPLATE), metadata={"help": "The card's, a Jinja file."})
+    stage_dir: str | None = field(default=None, metadata={"help": "An empty folder that keeps the files."})
+    private: bool = field(default=False, metadata={"help": "A repository that is made now is private."})
+    revision: str | None = field(default=None, metadata={"help": "A branch; made if it is not there."})
+    overwrite: bool = field(default=False, metadata={"help": "The repository may hold something already."})
+    message: str = field(default="Upload a token pruning model", metadata={"help": "The commit's message."})
+
+    def __post_init__(self) -> None:
+        if (self.recipe is None) != (self.evidence is None):
+            raise ValueError(f"recipe ({self.recipe}) and evidence ({self.evidence}) must be given together")
+        if self.repo_id is None and self.stage_dir is None:
+            raise ValueError("repo_id or stage_dir must be given: otherwise there is nothing to do")
+
+
+def make(arguments: PushArguments, scratch: Path) -> Path:
+    """A folder with all files of the repository."""
+    folder = Path(arguments.stage_dir or scratch / "repository")
+    source = model_source(arguments.model_name_or_path)
+    model = load_model(source)
+    processing = load_processing(source, model.config)
+    model = prune(model, _pruning(arguments, model, processing))
+    if arguments.recipe is None:
+        title = arguments.title or (arguments.repo_id or folder.name).rpartition("/")[2]
+        known = {"base_model": arguments.base_model, "license": arguments.license}
+        card = unmeasured_card(model.config, title=title, **known, template=arguments.template)
+        return stage(folder, model, processing, card)
+    about, evidence = read_about(arguments.recipe), json.loads(Path(arguments.evidence).read_text())
+    picture = comparison_picture(evidence, scratch / "accuracy_over_macs.png", title=about["title"])
+    name = Path(arguments.recipe).name
+    card = measured_card(about, evidence, recipe=name, picture=picture.name, template=arguments.template)
+    results = evaluation_results(about, evidence)
+    return stage(folder, model, processing, card, evidence=evidence, pictures=[picture], results=results)
+
+
+def _pruning(arguments: PushArguments, model: PreTrainedModel, processing: Any) -> Any:
+    """What is asked for, or what the model has."""
+    if arguments.pruning is None:
+        return getattr(model.config, "pruning", None)
+    return written_pruning(arguments.pruning, processing if isinstance(processing, PreTrainedTokenizerBase) else None)
+
+
+def main() -> None:
+    try:
+        (arguments,) = parse_arguments(PushArguments)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = make(arguments, Path(scratch))
+            if arguments.repo_id is None:
+                print(f"wrote {folder}; nothing was published")
+                return
+            wishes = {name: getattr(arguments, name) for name in ("revision", "overwrite", "message")}
+            done = push(folder, arguments.repo_id, private=arguments.private or None, **wishes)
+    except (packaged.PackagedFileError, PushError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    print(f"published {done.commit_url}")
+
+
+if __name__ == "__main__":
+    main()

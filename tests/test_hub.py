@@ -1,0 +1,265 @@
+"""Publishing and loading through the Hub's protocol, against a server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import huggingface_hub.constants
+import huggingface_hub.utils._http
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from fresh import run_fresh
+from hub_server import TOKEN, Hub
+from huggingface_hub import ModelCard
+from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments
+
+from hf_tokenprune import TokenPruneBertForSequenceClassification, prune
+from hf_tokenprune.hub.cards import unmeasured_card
+from hf_tokenprune.hub.push import PushError, push, stage
+
+
+ROOT = Path(__file__).parents[1]
+PRUNING = {"preset": "top_k", "layers": [0, 1], "keep_rate": 0.6}
+TEXTS = ["a b c d e f g", "g f e"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    """The server that this process takes for the Hub, with a token that it knows."""
+    with hub_server.serve() as (url, hub):
+        hub.url = url
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(
+            transformers.utils.hub, "_hf_api", None, raising=False
+        )  # knows the address it was made with
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+def variables(hub: Hub, **more: str) -> dict[str, str]:
+    """Of a process that takes the server for the Hub."""
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"} | more
+
+
+def tokenizer(folder: Path) -> BertTokenizer:
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    return BertTokenizer(str(folder / "vocab.txt"))
+
+
+def bert(seed: int = 0) -> TokenPruneBertForSequenceClassification:
+    torch.manual_seed(seed)
+    small = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    return prune(transformers.BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **small)), PRUNING).eval()
+
+
+def repository(folder: Path, model: Any = None) -> Path:
+    """A folder as `run_push.py` stages it."""
+    model = bert() if model is None else model
+    card = unmeasured_card(
+        model.config, title="tiny", base_model=None, license="mit", template=ROOT / "model_cards" / "template.md"
+    )
+    folder.mkdir(parents=True)
+    return stage(folder / "repository", model, tokenizer(folder), card)
+
+
+LOAD_ALL = """
+import transformers
+
+outputs = {}
+for name, auto in ARGUMENTS["repositories"]:
+    inputs = torch.load(f"{ARGUMENTS['inputs']}/{name.rpartition('/')[2]}.pt")
+    model = getattr(transformers, auto).from_pretrained(name, trust_remote_code=True).eval()
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True)
+    assert type(config).__name__ == type(model.config).__name__ and config.pruning == model.config.pruning
+    with torch.no_grad():
+        out = model(**inputs, output_token_trace=True)
+    outputs[name] = {"main": out["logits"] if "logits" in out else out.last_hidden_state,
+                     "counts": out.token_trace.counts}
+    base = transformers.AutoModel.from_pretrained(name, trust_remote_code=True)
+    RESULT[name] = [type(model).__name__, type(base).__name__]
+torch.save(outputs, ARGUMENTS["outputs"])
+"""
+
+
+def test_every_family_and_head_loads_from_the_hub_bit_for_bit(hub, tmp_path):
+    expected, repositories = {}, []
+    for case in tiny.ALL:
+        case = getattr(case, "values", (case,))[0]
+        name = f"founder/{case}"
+        model = prune(tiny.build(case), PRUNING).eval()
+        model.push_to_hub(name)
+        assert len(hub.model(name).history) == 2  # the Hub's own first one
+        torch.save(tiny.inputs_for(case), tmp_path / f"{case}.pt")
+        with torch.no_grad():
+            out = model(**tiny.inputs_for(case), output_token_trace=True)
+        expected[name] = (tiny.main_output(out), out.token_trace.counts, type(model).__name__)
+        own = "AutoModel" + "".join(str(case).partition("For")[1:]).removesuffix("WithTeacher")
+        repositories.append((name, own))
+    done = run_fresh(
+        LOAD_ALL,
+        tmp_path / "stranger",
+        variables=variables(hub),
+        repositories=repositories,
+        inputs=str(tmp_path),
+        outputs=str(tmp_path / "outputs.pt"),
+    )
+    found = torch.load(tmp_path / "outputs.pt")
+    for name, (main, counts, kind) in expected.items():
+        assert done.result[name][0] == kind
+        assert torch.equal(found[name]["counts"], counts)
+        with_one_thread = found[name]["main"]
+        torch.testing.assert_close(with_one_thread, main, rtol=0, atol=0)
+
+
+PIPELINE = """
+from transformers import pipeline
+
+given = {"trust_remote_code": True, "model": ARGUMENTS["name"]}
+RESULT["now"] = pipeline("text-classification", **given)(ARGUMENTS["texts"])
+RESULT["then"] = pipeline("text-classification", revision=ARGUMENTS["revision"], **given)(ARGUMENTS["texts"])
+RESULT["branch"] = pipeline("text-classification", revision="next", **given)(ARGUMENTS["texts"])
+"""
+
+
+def test_pipelines_and_pinned_revisions(hub, tmp_path):
+    then, now = bert(0), bert(1)
+    first = push(repository(tmp_path / "a", then), "founder/tiny")
+    push(repository(tmp_path / "b", now), "founder/tiny", overwrite=True)
+    push(repository(tmp_path / "c", then), "founder/tiny", revision="next", overwrite=True)
+    assert len(hub.model("founder/tiny").history) == 4
+    asked = {"name": "founder/tiny", "texts": TEXTS, "revision": first.oid}
+    found = run_fresh(PIPELINE, tmp_path / "stranger", variables=variables(hub), **asked).result
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for when, model in (("now", now), ("then", then), ("branch", then)):
+        own = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer(tmp_path))(TEXTS)
+        assert own == found[when]
+    torch.set_num_threads(threads)
+    assert found["now"] != found["then"]
+
+
+def test_the_repository_is_whole(hub, tmp_path):
+    push(repository(tmp_path / "made"), "founder/tiny", private=True)
+    files = hub.files("founder/tiny")
+    assert hub.model("founder/tiny").private and len(hub.model("founder/tiny").history) == 2
+    assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json", "README.md"} <= set(
+        files
+    )
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    card = ModelCard(files["README.md"].decode())
+    assert set(card.data.tags) == {"token-pruning", "hf_tokenprune"}
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
+    card.validate()
+
+
+def test_from_the_trainer(hub, tmp_path):
+    model, words = bert(), tokenizer(tmp_path)
+    rows = [{**words(text), "labels": i} for i, text in enumerate(TEXTS)]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        hub_model_id="founder/trained",
+        max_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=words)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("founder/trained")
+    assert {"model.safetensors", "modeling_tokenprune_bert.py", "tokenizer.json", "README.md"} <= set(files)
+    assert len(hub.model("founder/trained").history) == 2
+    assert {"token-pruning", "hf_tokenprune"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+
+
+def test_a_wrong_token(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    with pytest.raises(PushError, match=r"the token must be valid .*401"):
+        push(repository(tmp_path / "made"), "founder/tiny")
+    assert not hub.repositories
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(PushError, match="may write to 'else/tiny'"):
+        push(tmp_path / "made" / "repository", "else/tiny")
+    with pytest.raises(PushError, match="repo_id"):
+        push(tmp_path / "made" / "repository", "no name at all")
+
+
+def test_a_name_that_is_taken(hub, tmp_path):
+    folder = repository(tmp_path / "made")
+    push(folder, "founder/tiny")
+    before = dict(hub.files("founder/tiny"))
+    with pytest.raises(PushError, match=r"'founder/tiny'\) must be new or empty, and holds \d+ files"):
+        push(folder, "founder/tiny")
+    assert hub.files("founder/tiny") == before
+    push(folder, "founder/tiny", overwrite=True)
+
+
+def test_a_connection_that_is_cut(hub, tmp_path):
+    folder = repository(tmp_path / "made")
+    hub.cut_uploads = 1_000
+    with pytest.raises(PushError, match="nothing of this push was published in 'founder/tiny': push again"):
+        push(folder, "founder/tiny")
+    assert set(hub.files("founder/tiny")) == {".gitattributes"}
+    hub.cut_uploads, hub.cut_commits = 2, 1_000  # two are made up for
+    with pytest.raises(PushError, match="push again"):
+        push(folder, "founder/tiny")
+    assert set(hub.files("founder/tiny")) == {".gitattributes"}
+    hub.cut_commits = 0
+    push(folder, "founder/tiny")
+    assert hub.files("founder/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_somebody_else_was_faster(hub, tmp_path):
+    def other() -> None:
+        hub.model("founder/tiny").commit("main", {"theirs.txt": b"1"}, "theirs")
+
+    hub.before_commit = other
+    with pytest.raises(PushError, match="changed by someone else meanwhile"):
+        push(repository(tmp_path / "made"), "founder/tiny")
+    assert set(hub.files("founder/tiny")) == {"theirs.txt"}
+
+
+def test_a_folder_that_holds_something(tmp_path):
+    (tmp_path / "left.txt").write_text("over")
+    with pytest.raises(ValueError, match=r"folder \(.*\) must be empty"):
+        stage(tmp_path, bert(), None, ModelCard("---\nlicense: mit\n---\n"))
+
+
+def run_push(hub: Hub, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / "run_push.py"), *arguments]
+    environment = os.environ | variables(hub, HF_TOKEN=TOKEN)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done.stdout + done.stderr
+
+
+def test_the_command_line(hub, tmp_path):
+    repository(tmp_path / "made")
+    recipe = ROOT / "recipes" / "minilm-20newsgroups-religion"
+    evidence = ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json"
+    given = ["--model_name_or_path", str(tmp_path / "made" / "repository"), "--repo_id", "founder/measured"]
+    printed = run_push(hub, *given, "--recipe", str(recipe), "--evidence", str(evidence))
+    assert "published http" in printed, printed
+    files = hub.files("founder/measured")
+    assert json.loads(files["evidence.json"]) == json.loads(evidence.read_text())
+    assert files["accuracy_over_macs.png"].startswith(b"\x89PNG")
+    pruned = next(row for row in json.loads(evidence.read_text())["quality"] if row["run"] == "pruned")
+    (result,) = yaml.safe_load(files[".eval_results/hf_tokenprune.yaml"])
+    assert result["value"] == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.eval_results[0].metric_value == result["value"] and "(accuracy_over_macs.png)" in card.text
+    printed = run_push(hub, *given)
+    assert "PushError: repo_id ('founder/measured') must be new or empty" in printed and "Traceback" not in printed
+    assert "must be given together" in run_push(hub, *given, "--recipe", str(recipe))
