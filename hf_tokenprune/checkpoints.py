@@ -34,10 +34,14 @@ HEADS = {
 NO_HEAD = Task(AutoModel, "feature-extraction")
 
 
-def task_of(config: PreTrainedConfig) -> Task:
+def task_of(architecture: str | None) -> Task:
+    """The task of a model class, by its name."""
+    return next((task for head, task in HEADS.items() if (architecture or "").endswith(head)), NO_HEAD)
+
+
+def saved_task(config: PreTrainedConfig) -> Task:
     """The task of the head that a config was saved with."""
-    name = (config.architectures or [""])[0]
-    return next((task for head, task in HEADS.items() if name.endswith(head)), NO_HEAD)
+    return task_of((config.architectures or [None])[0])
 
 
 def takes_images(config: PreTrainedConfig) -> bool:
@@ -47,7 +51,7 @@ def takes_images(config: PreTrainedConfig) -> bool:
 def load_model(source: str | Path, **given: Any) -> PreTrainedModel:
     """The model with the head that it was saved with."""
     config = given.pop("config", None) or AutoConfig.from_pretrained(source)
-    return task_of(config).auto.from_pretrained(source, config=config, **given)
+    return saved_task(config).auto.from_pretrained(source, config=config, **given)
 
 
 def load_processing(source: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | BaseImageProcessor:

@@ -69,7 +69,7 @@ def make(arguments: PushArguments, scratch: Path) -> Path:
     if arguments.recipe is None:
         title = arguments.title or (arguments.repo_id or folder.name).rpartition("/")[2]
         known = {"base_model": arguments.base_model, "license": arguments.license}
-        card = unmeasured_card(model.config, title=title, **known, template=arguments.template)
+        card = unmeasured_card(model, title=title, **known, template=arguments.template)
         return stage(folder, model, processing, card)
     about, evidence = read_about(arguments.recipe), json.loads(Path(arguments.evidence).read_text())
     picture = comparison_picture(evidence, scratch / "accuracy_over_macs.png", title=about["title"])

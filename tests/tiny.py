@@ -124,6 +124,12 @@ TYPICAL = BASES + [
 ]
 
 
+def cases(parameters: list) -> list[Case]:
+    """The cases of a list of test parameters that this transformers has."""
+    plain = [getattr(parameter, "values", (parameter,))[0] for parameter in parameters]
+    return [case for case in plain if case.native.__name__ in supported_natives()]
+
+
 def build(case: Case, *, seed: int = 0, attention: str = "sdpa", spread: float = 0.5) -> PreTrainedModel:
     """A tiny native model in eval mode.
 

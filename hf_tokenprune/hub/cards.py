@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from transformers import PreTrainedModel
 
 from ..checkpoints import HEADS, NO_HEAD, task_of
 from ..modeling.modeling_tokenprune import Prunable
@@ -81,22 +82,16 @@ def measured_card(
 
 
 def unmeasured_card(
-    config: Any, *, title: str, base_model: str | None, license: str | None, template: str | Path
+    model: PreTrainedModel, *, title: str, base_model: str | None, license: str | None, template: str | Path
 ) -> ModelCard:
-    """The card of a model that nothing was measured of: what its config says, and that.
-
-    Args:
-        config: of one of our models.
-    """
-    pipeline_tag = task_of(config).pipeline_tag
-    data = _metadata(title, base_model=base_model, license=license, pipeline_tag=pipeline_tag)
-    about = {"title": title, "base_model": base_model, "limits": [], "pipeline_tag": pipeline_tag}
+    """The card of a model that nothing was measured of: what its config says, and that."""
+    pipeline_tag = task_of(type(model).__name__).pipeline_tag
     return ModelCard.from_template(
-        data,
+        _metadata(title, base_model=base_model, license=license, pipeline_tag=pipeline_tag),
         template_path=str(template),
-        about=about,
+        about={"title": title, "base_model": base_model, "limits": []},
         measured=None,
-        **_of_pruning(config.pruning, pipeline_tag),
+        **_of_pruning(model.config.pruning, pipeline_tag),
     )
 
 

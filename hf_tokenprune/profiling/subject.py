@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
-from ..checkpoints import load_model, takes_images, task_of
+from ..checkpoints import load_model, saved_task, takes_images
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import load_classification, read_images, tokenize
@@ -94,7 +94,7 @@ def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedMo
     given = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attn_implementation}
     config = AutoConfig.from_pretrained(source, **arguments.overrides)
     if arguments.random_weights:
-        return task_of(config).auto.from_config(config, **given)
+        return saved_task(config).auto.from_config(config, **given)
     return load_model(source, config=config, **given)
 
 
