@@ -10,14 +10,20 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from hf_tokenprune import prune
 from hf_tokenprune.viz import (
     DocumentView,
     OperatingPoint,
     accuracy_over_macs,
     document_views,
+    draw_patches,
+    explain,
     kept_words,
+    patches,
     plots,
     render_page,
     write_page,
@@ -72,6 +78,8 @@ class Page(HTMLParser):
         self.current: list[int] = []
         self.sentences: list[list[str]] = []
         self.alive: list[str] = []
+        self.told: list[str] = []
+        self.title = ""
         self.tags: list[str] = []
         self.attributes: set[str] = set()
         self.text = ""
@@ -100,12 +108,17 @@ class Page(HTMLParser):
         elif "alive" in classes:
             self.alive.append("")
             self._into = self.alive
+        elif "told" in classes:
+            self.told.append("")
+            self._into = self.told
 
     def handle_endtag(self, tag):
         self._into = None
 
     def handle_data(self, data):
         self.text += data
+        if self.tags[-1:] == ["title"]:
+            self.title += data
         if self._into is not None:
             self._into[-1] += data
 
@@ -318,6 +331,110 @@ def test_slider_in_a_browser(tmp_path):
 def test_the_browser_log_shows_script_errors(tmp_path):
     path = write_page(tmp_path / "page.html", "<!doctype html><script>missing()</script>")
     assert "CONSOLE" in browse(path, "", tmp_path / "profile")[1]
+
+
+def tiny_classifiers() -> dict[str, tuple]:
+    """A text and an image model with made-up inputs: model, batch, what makes inputs, labels."""
+    text = tiny.cases(tiny.HEADS)[0]
+    image = next(case for case in tiny.cases(tiny.HEADS) if not case.text)
+    merging = {"preset": "value_merge", "layers": [0, 2], "keep_rate": 0.6}
+    return {
+        "text": (prune(tiny.build(text), merging), tiny.inputs_for(text), tiny.tokenizer()),
+        "image": (prune(tiny.build(image), merging), tiny.inputs_for(image), ViTImageProcessorPil()),
+    }
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_what_a_model_did_is_what_its_trace_says(kind):
+    model, batch, processing = tiny_classifiers()[kind]
+    views = explain(model, batch, processing)
+    with torch.no_grad():
+        output, whole = model(**batch, output_token_trace=True), prune(model, None)(**batch)
+    trace = output.token_trace
+    mask = batch.get("attention_mask", torch.ones(trace.source.shape[1:])).bool()
+    for sample, document in enumerate(views):
+        own = mask[sample]
+        assert len(document.words) == own.sum()
+        assert document.carriers == trace.source[:, sample, own].tolist()
+        assert document.counts == trace.counts[:, sample].tolist()
+        assert document.prediction == model.config.id2label[output.logits[sample].argmax().item()]
+        assert document.prediction_unpruned == model.config.id2label[whole.logits[sample].argmax().item()]
+        first, second = document.scores
+        assert None not in first  # everybody was there
+        # A merged token is judged once for all that it carries.
+        for row in set(document.carriers[0]):
+            assert len({second[place] for place, each in enumerate(document.carriers[0]) if each == row}) == 1
+        assert (document.picture is None) == (kind == "text")
+    if kind == "image":
+        assert (views[0].picture.columns, views[0].picture.first, len(views[0].words)) == (6, 1, 37)
+
+
+def test_the_scores_are_those_that_decided():
+    """Threshold rules keep exactly what reaches the threshold, protected tokens aside."""
+    text = tiny.cases(tiny.HEADS)[0]
+    threshold = 0.9
+    model = prune(tiny.build(text), {"preset": "adaptive", "layers": [1], "threshold": threshold})
+    for document in explain(model, tiny.inputs_for(text), tiny.tokenizer()):
+        (scores,), (carriers,) = document.scores, document.carriers
+        for score, carrier in list(zip(scores, carriers))[1:]:
+            assert (score >= threshold) == (carrier >= 0)
+
+
+def test_a_model_without_sites_has_nothing_to_explain():
+    text = tiny.cases(tiny.HEADS)[0]
+    with pytest.raises(ValueError, match=r"pruning \(None\) must have sites"):
+        explain(prune(tiny.build(text), None), tiny.inputs_for(text), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_patches_as_a_picture(kind, tmp_path):
+    model, batch, processing = tiny_classifiers()[kind]
+    document = explain(model, batch, processing)[0]
+    if kind == "text":
+        with pytest.raises(ValueError, match="must be of an image"):
+            draw_patches(document, tmp_path / "patches.png", title="t")
+        return
+    image_module = pytest.importorskip("PIL.Image")
+    with image_module.open(draw_patches(document, tmp_path / "patches.png", title="a $title")) as image:
+        assert image.format == "PNG" and len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
+
+
+def test_outlines_go_around_all_of_a_group():
+    own = {(0, 0), (0, 1), (1, 1)}
+    lines = [tuple(map(tuple, line)) for line in patches._outline(own, inset=0.0)]
+    borders = {line for line in lines if lines.count(line) == 1}
+    assert len(borders) == len(lines) == 8  # the sides of three squares, but for the two shared ones
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_pointing_in_a_browser(kind, tmp_path):
+    model, batch, processing = tiny_classifiers()[kind]
+    documents = explain(model, batch, processing)
+    place = next(i for i, each in enumerate(documents[0].carriers[0]) if documents[0].carriers[0].count(each) > 1)
+    members = documents[0].carriers[0].count(documents[0].carriers[0][place])
+    event = "new MouseEvent('mouseover', {bubbles: true})"
+    point = f"document.querySelectorAll('article .w')[{place}].dispatchEvent({event})"
+    html = render_page(documents, title="t").replace("</body>", f"<script>{point}</script></body>")
+    page, log = browse(write_page(tmp_path / "page.html", html), "#site=1", tmp_path / "profile")
+    assert "CONSOLE" not in log
+    assert page.told[0].count(f"score {float(f'{documents[0].scores[0][place]:.3g}'):g}") >= 1
+    assert f"one of {members} that are one token" in page.told[0]
+    assert page.told[1].startswith("Point at a")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_long_document_opens_at_once(tmp_path):
+    """A document of 512 tokens and twelve sites: under 2 MB, and there within a second of the page's own time."""
+    trace = random_trace([512], 12, merge=True)
+    scores = torch.rand(12, 1, trace.source.shape[-1])
+    html = render_page(document_views([words_of(512)], trace, scores=scores), title="t")
+    assert len(html.encode()) < 2_000_000
+    when = "addEventListener('load', () => { document.title = Math.round(performance.now()); })"
+    path = write_page(tmp_path / "page.html", html.replace("<style>", f"<script>{when}</script><style>"))
+    page, log = browse(path, "", tmp_path / "profile")
+    assert "CONSOLE" not in log and len(page.words[0]) == 512
+    assert int(page.title) < 1000
 
 
 def crowded_points() -> list[OperatingPoint]:

@@ -169,17 +169,21 @@ def inputs_for(case: Case, *, seed: int = 0) -> dict[str, torch.Tensor]:
     return text_inputs([17, 5, 30, 1], seed=seed, padding=2) if case.text else image_inputs(3, seed=seed)
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One that knows the words w4 to w49."""
+    words = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(4, 50))])}
+    model = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    model.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
 def save_text_model(folder: Path) -> None:
-    """A tiny classifier and a tokenizer that knows the words w4 to w49."""
+    """A tiny classifier and its tokenizer."""
     torch.manual_seed(0)
     BertForSequenceClassification(BERT).save_pretrained(folder)
-    words = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(4, 50))])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
 
 
 def main_output(outputs: object) -> torch.Tensor:

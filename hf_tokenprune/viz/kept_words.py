@@ -1,4 +1,4 @@
-"""A self-contained HTML page that shows which words of a document survived which pruning site.
+"""A self-contained HTML page: what became of the words of texts, or the patches of images, site by site.
 
 Everything comes from the token trace of a forward pass; no model is needed here.
 
@@ -7,6 +7,9 @@ Shapes: B samples, N padded length, S pruning sites.
 
 from __future__ import annotations
 
+import base64
+import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,8 +50,22 @@ class TokenTrace(Protocol):
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image under its patches."""
+
+    png: bytes
+    columns: int
+    """Patches side by side."""
+    first: int = 1
+    """Structural tokens before the first patch."""
+
+
+@dataclass(frozen=True)
 class DocumentView:
-    """One document as the page shows it; lists over positions have one entry per original token, without padding."""
+    """One document, or one image, as the page shows it.
+
+    Lists over positions have one entry per original token, without padding.
+    """
 
     words: list[str]
     """The tokens as the tokenizer spells them ("##ing", "Ġword", "▁word"); the page joins pieces of one word."""
@@ -63,6 +80,12 @@ class DocumentView:
     """Probability of `prediction`, 0..1."""
     counts: list[int] | None = None
     """Tokens alive after each site. None: as many as there are surviving positions, true where nothing is merged."""
+    carriers: list[list[int]] | None = None
+    """After each site, the token that carries each position, -1 where there is none; those with the same are one."""
+    scores: list[list[float | None]] | None = None
+    """At each site, what each position's token was judged by; None where it was gone."""
+    picture: Picture | None = None
+    """Of an image, whose `words` are its structural tokens and then its patches, row by row."""
 
     def __post_init__(self) -> None:
         sites = len(self.layers)
@@ -72,12 +95,24 @@ class DocumentView:
             raise ValueError(f"last_site ({outside[0]}) must be in [0, {sites}], the number of sites")
         if self.counts is not None and len(self.counts) != sites:
             raise ValueError(f"counts ({len(self.counts)} entries) must have one per site ({sites})")
+        for name in ("carriers", "scores"):
+            rows = getattr(self, name)
+            if rows is not None and [len(row) for row in rows] != [len(self.words)] * sites:
+                raise ValueError(f"{name} must have one entry per site and word ({sites} x {len(self.words)})")
+        patches = 0 if self.picture is None else len(self.words) - self.picture.first
+        if patches and patches % self.picture.columns:
+            raise ValueError(f"columns ({self.picture.columns}) of the picture must divide its {patches} patches")
         if self.confidence is not None and not 0 <= self.confidence <= 1:
             raise ValueError(f"confidence ({self.confidence}) must be in [0, 1]")
 
     def surviving(self) -> list[int]:
         """Original positions still carried at the input and after each site, `S + 1` numbers."""
         return [sum(depth >= site for depth in self.last_site) for site in range(len(self.layers) + 1)]
+
+    def trace(self) -> str:
+        """What the page's script reads, as JSON."""
+        scores = [[None if value is None else float(f"{value:.3g}") for value in row] for row in self.scores or ()]
+        return json.dumps({"carriers": self.carriers or [], "scores": scores}, separators=(",", ":"))
 
     def alive(self) -> list[int]:
         """Tokens the model computes on at the input and after each site, `S + 1` numbers."""
@@ -93,6 +128,8 @@ def document_views(
     predictions_unpruned: Sequence[str] | None = None,
     confidences: Sequence[float | None] | None = None,
     attention_mask: Tensor | None = None,
+    scores: Tensor | None = None,
+    pictures: Sequence[Picture] | None = None,
 ) -> list[DocumentView]:
     """Build the views of a batch from its token trace.
 
@@ -101,6 +138,8 @@ def document_views(
         trace: `layers` (S), `counts` `[S, B]` and `source` `[S, B, N]` of the forward pass of these samples.
         labels, predictions, predictions_unpruned, confidences: one entry per sample; left out, the page omits them.
         attention_mask: `[B, N]`, needed only where padding is not on the right.
+        scores: `[S, B, N]`, NaN where a position's token was gone.
+        pictures: of images, one per sample.
 
     Raises:
         ValueError: the trace and the tokens do not belong together.
@@ -112,6 +151,7 @@ def document_views(
         "predictions": predictions,
         "predictions_unpruned": predictions_unpruned,
         "confidences": confidences,
+        "pictures": pictures,
     }
     for name, column in columns.items():
         if column is not None and len(column) != batch:
@@ -121,16 +161,20 @@ def document_views(
     depths = (trace.source >= 0).long().cumprod(0).sum(0).tolist()  # [B][N]
     counts = trace.counts.t().tolist()  # [B][S]
     masks = [None] * batch if attention_mask is None else attention_mask.tolist()
+    own = [_without_padding(depths[b], len(tokens[b]), masks[b], b) for b in range(batch)]
     return [
         DocumentView(
             words=list(tokens[b]),
-            last_site=_without_padding(depths[b], len(tokens[b]), masks[b], b),
+            last_site=[depths[b][place] for place in own[b]],
             layers=[int(layer) for layer in trace.layers],
             label=labels[b] if labels else "",
             prediction=predictions[b] if predictions else "",
             prediction_unpruned=predictions_unpruned[b] if predictions_unpruned else "",
             confidence=confidences[b] if confidences else None,
             counts=counts[b],
+            carriers=[[row[place] for place in own[b]] for row in trace.source[:, b].tolist()],
+            scores=None if scores is None else [_known(row, own[b]) for row in scores[:, b].tolist()],
+            picture=pictures[b] if pictures else None,
         )
         for b in range(batch)
     ]
@@ -144,15 +188,19 @@ def _check_trace(trace: TokenTrace, batch: int) -> None:
         raise ValueError(f"trace.source ({tuple(trace.source.shape)}) must be [sites, documents, N] for {sites} sites")
 
 
+def _known(row: list[float], places: list[int]) -> list[float | None]:
+    return [row[place] if math.isfinite(row[place]) else None for place in places]
+
+
 def _without_padding(depths: list[int], length: int, mask: list[int] | None, document: int) -> list[int]:
-    """The entries of `depths` `[N]` that belong to the document's own `length` tokens."""
-    kept = depths[:length] if mask is None else [depth for depth, own in zip(depths, mask, strict=True) if own]
-    if len(kept) != length:
-        raise ValueError(f"document {document} has {length} tokens, but its trace covers {len(kept)}")
+    """The positions, of the N of `depths`, that belong to the document's own `length` tokens."""
+    own = range(min(length, len(depths))) if mask is None else [place for place, there in enumerate(mask) if there]
+    if len(own) != length:
+        raise ValueError(f"document {document} has {length} tokens, but its trace covers {len(own)}")
     if mask is None and any(depths[length:]):
         # Left-padded samples would otherwise be shown shifted, which looks plausible and is wrong.
         raise ValueError(f"document {document}: tokens survive beyond its {length} tokens; pass attention_mask")
-    return kept
+    return list(own)
 
 
 class _Piece(NamedTuple):
@@ -191,6 +239,17 @@ def _pieces(document: DocumentView) -> list[_Piece]:
             text = word
         pieces.append(_Piece(text, glued, special, depth))
     return pieces
+
+
+def _split(document: DocumentView) -> tuple[list[_Piece], list[_Piece]]:
+    """What is shown as text, and as patches of the picture."""
+    pieces = _pieces(document)
+    first = len(pieces) if document.picture is None else document.picture.first
+    return pieces[:first], pieces[first:]
+
+
+def _address(picture: Picture | None) -> str:
+    return "" if picture is None else f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
 def _strip_marker(word: str) -> str:
@@ -257,7 +316,9 @@ def render_page(documents: Sequence[DocumentView], *, title: str, summary: str =
         names=names,
         legend=_legend(names),
         fates=[*(f"dropped at {name}" for name in names[1:]), "kept to the end"],
-        documents=[(document, _steps(document), _pieces(document)) for document in documents],
+        documents=[
+            (document, _steps(document), *_split(document), _address(document.picture)) for document in documents
+        ],
     )
 
 

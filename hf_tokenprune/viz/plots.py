@@ -109,15 +109,7 @@ def empty_figure(title: str) -> tuple[Figure, Axes]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'hf_tokenprune[viz]'") from error
-
-    # A canvas of its own, not pyplot: the caller's backend and open figures stay as they are.
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _canvas(8, 5)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12, parse_math=False, wrap=True)
     axes.grid(color="#d1d9e0", linewidth=0.6)
@@ -126,6 +118,32 @@ def empty_figure(title: str) -> tuple[Figure, Axes]:
     axes.spines[["left", "bottom"]].set_color(_SOFT)
     axes.tick_params(colors=_INK, length=0)
     return figure, axes
+
+
+def empty_panels(title: str, panels: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A titled figure with so many axes, row by row.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    columns = min(columns, panels)
+    rows = -(-panels // columns)
+    figure = _canvas(2.5 * columns, 2.7 * rows + 0.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK, parse_math=False)
+    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(panels)]
+
+
+def _canvas(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'hf_tokenprune[viz]'") from error
+
+    # A canvas of its own, not pyplot: the caller's backend and open figures stay as they are.
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _draw_point(axes: Axes, point: OperatingPoint) -> None:

@@ -36,10 +36,7 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     }
     drawn = [
         _picture(folder / "time_per_layer.png", f"Time inside each layer: {model}", "layer", "ms", _bars(milliseconds)),
-        _picture(
-            folder / "tokens_per_layer.png", f"Tokens that leave each layer: {model}", "layer", "mean tokens",
-            _bars(report.alive),
-        ),
+        draw_tokens(report.alive, folder / "tokens_per_layer.png", title=f"Tokens that leave each layer: {model}"),
         _picture(folder / "memory.png", f"Peak memory of the first batch: {model}", "", "MiB", _named_bars(memory)),
         _picture(
             folder / "latency_over_batch_size.png", f"Latency over batch size: {model}", "inputs a batch",
@@ -53,6 +50,11 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
         ]
         drawn.append(accuracy_over_macs(points, folder / "accuracy_over_macs.png", title=f"Training-free: {model}"))
     return drawn
+
+
+def draw_tokens(alive: Mapping[str, Sequence[float]], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draws how many tokens leave each layer, for models by name ("unpruned", "pruned")."""
+    return _picture(Path(path), title, "layer", "mean tokens", _bars(alive))
 
 
 def _picture(path: Path, title: str, x: str, y: str, draw: Callable[[Axes], None]) -> Path:

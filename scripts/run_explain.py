@@ -1,0 +1,138 @@
+"""See what a pruned model does: a page on which words or patches go, site by site, with scores and both predictions.
+
+    python scripts/run_explain.py --model_name_or_path pruned --texts "to be, or not to be" --output_dir seen
+    python scripts/run_explain.py --model_name_or_path minilm-l6 --pruning top_k --dataset_name 20newsgroups-religion \\
+        --output_dir seen
+    python scripts/run_explain.py --model_name_or_path dinov2-small --pruning '{"preset": "tome", "r": [18, 12, 8]}' \\
+        --dataset_name mnist-5k --image_column image --image_size 112 --output_dir seen
+
+Writes `explain.html`, which needs no network and nothing beside it, `tokens_per_layer.png`, and of images
+`patches-0.png` and so on.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+
+from hf_tokenprune import packaged
+from hf_tokenprune.checkpoints import load_model, load_processing, takes_images
+from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
+from hf_tokenprune.convert import prune
+from hf_tokenprune.data import load_classification, read_images, tokenize
+from hf_tokenprune.modeling.pruning_config import PruningConfig
+from hf_tokenprune.viz import DocumentView, draw_patches, draw_tokens, explain, render_page, write_page
+
+
+@dataclass
+class ExplainArguments:
+    model_name_or_path: str = field(
+        metadata={"help": f"Hub id, folder, or one of {', '.join(packaged.available_models())}."}
+    )
+    output_dir: str = field(metadata={"help": "Where the page and the pictures go."})
+    pruning: str | None = field(
+        default=None, metadata={"help": "A preset's name, JSON or a .json file; the model's own if not given."}
+    )
+    texts: list[str] | None = field(default=None, metadata={"help": "Texts to look at, in place of a data set."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class."})
+    split: str = field(default="test", metadata={"help": "train or test."})
+    inputs: int = field(default=4, metadata={"help": "So many rows of the data set, drawn by seed."})
+    seed: int = field(default=0, metadata={"help": "Which rows."})
+    max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels of the side of images; the processor's own if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.texts is None) == (self.dataset_name is None):
+            raise ValueError(f"one of texts ({self.texts}) and dataset_name ({self.dataset_name}) must be given")
+        if self.inputs < 1:
+            raise ValueError(f"inputs ({self.inputs}) must be >= 1")
+
+
+def load(arguments: ExplainArguments) -> tuple[PreTrainedModel, object]:
+    source = model_source(arguments.model_name_or_path)
+    model = load_model(source)
+    processing = load_processing(source, model.config)
+    tokenizer = processing if isinstance(processing, PreTrainedTokenizerBase) else None
+    own = getattr(model.config, "pruning", None)
+    wish = own if arguments.pruning is None else written_pruning(arguments.pruning, tokenizer)
+    return prune(model, wish).eval(), processing
+
+
+def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object) -> tuple[dict, list[str] | None]:
+    """A batch, and what its inputs are."""
+    if takes_images(model.config) != (arguments.image_column is not None):
+        kind = "takes images" if takes_images(model.config) else "takes texts"
+        raise ValueError(f"image_column ({arguments.image_column}) must fit the model, which {kind}")
+    if arguments.texts is not None:
+        given = processing(arguments.texts, truncation=True, max_length=arguments.max_length, padding=True)
+        return dict(given.convert_to_tensors("pt")), None
+    splits = load_classification(
+        arguments.dataset_name,
+        config=arguments.dataset_config,
+        input_column=arguments.image_column or arguments.text_column,
+        label_column=arguments.label_column,
+    )
+    rows = splits[arguments.split].shuffle(seed=arguments.seed)
+    rows = rows.select(range(min(arguments.inputs, len(rows))))
+    labels = [rows.features["label"].names[label] for label in rows["label"]]
+    only = datasets.DatasetDict(rows=rows)
+    if arguments.image_column is not None:
+        read = list(read_images(only, processing, arguments.image_size)["rows"])
+        return {"pixel_values": default_data_collator(read)["pixel_values"]}, labels
+    rows = tokenize(only, processing, arguments.max_length)["rows"]
+    taken = [name for name in processing.model_input_names if name in rows.column_names]
+    return dict(DataCollatorWithPadding(processing)(list(rows.select_columns(taken)))), labels
+
+
+def alive_by_layer(views: list[DocumentView], depth: int) -> dict[str, list[float]]:
+    """Mean tokens that leave each layer."""
+    after = [dict(zip(view.layers, view.alive()[1:])) for view in views]
+    pruned, current = [], [view.alive()[0] for view in views]
+    whole = [sum(current) / len(views)] * depth
+    for layer in range(depth):
+        current = [sites.get(layer, count) for sites, count in zip(after, current)]
+        pruned.append(sum(current) / len(views))
+    return {"unpadded": whole, "pruned": pruned}
+
+
+def described(pruning: PruningConfig) -> str:
+    """The sites of a pruning in words."""
+    sites = [site for _, site in sorted(pruning.sites.items()) if not site.idle]
+    return "; ".join(
+        f"layer {site.layer}: {site.saliency}, {site.rule} {site.value:.4g}, {site.reduction}" for site in sites
+    )
+
+
+def main() -> None:
+    try:
+        (arguments,) = parse_arguments(ExplainArguments)
+        model, processing = load(arguments)
+        batch, labels = read(arguments, model, processing)
+        views = explain(model, batch, processing, labels=labels)
+        folder, name = Path(arguments.output_dir), Path(arguments.model_name_or_path).name
+        draw_tokens(
+            alive_by_layer(views, model.config.num_hidden_layers),
+            folder / "tokens_per_layer.png",
+            title=f"Tokens that leave each layer: {name}",
+        )
+        for number, view in enumerate(view for view in views if view.picture is not None):
+            draw_patches(view, folder / f"patches-{number}.png", title=f"{name}, image {number + 1}")
+        page = render_page(views, title=f"What became of each token: {name}", summary=described(model.config.pruning))
+        write_page(folder / "explain.html", page)
+    except (ImportError, KeyError, OSError, TypeError, ValueError, packaged.PackagedFileError) as error:
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    print(f"wrote {folder / 'explain.html'}")
+
+
+if __name__ == "__main__":
+    main()
