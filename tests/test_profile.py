@@ -1,7 +1,9 @@
 """`run_profile`: every figure says what it is, three ways of counting agree, and what goes wrong is said."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 from transformers import ViTForImageClassification
 
 from hf_tokenprune import count_macs, prune
-from hf_tokenprune.profiling import peak_memory
+from hf_tokenprune.profiling import energy, peak_memory, session
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import stock_model
+from hf_tokenprune.profiling.energy import measure_energy, typical
 from hf_tokenprune.profiling.memory import peak_resident
 from hf_tokenprune.profiling.operators import count_flops
 from hf_tokenprune.profiling.run import run_profile
@@ -150,3 +153,40 @@ def test_shapes_without_weights_and_checkpoints_that_are_pruned(model, tmp_path)
         model, tmp_path / "b", random_weights=True, config_overrides='{"num_hidden_layers": 6}', batch_size=2
     )
     assert len(report.layer_seconds["baseline"]) == 6
+
+
+class Meter:
+    """Reads 3 J of a GPU and 1 J of a processor for every call."""
+
+    def __init__(self, known: bool = True):
+        self.known, self.calls = known, 0
+
+    def begin_window(self, name: str) -> None:
+        self.calls = 0
+
+    def end_window(self, name: str) -> SimpleNamespace:
+        gpu, cpu = ({0: 3.0 * self.calls}, {0: 1.0 * self.calls}) if self.known else ({}, None)
+        return SimpleNamespace(gpu_energy=gpu, cpu_energy=cpu, dram_energy=None)
+
+    def call(self) -> None:
+        self.calls += 1
+
+
+def test_energy_is_what_all_meters_read():
+    meter = Meter()
+    assert measure_energy(meter, {"a": meter.call, "b": meter.call}, 3, 0.01) == {"a": [4.0] * 3, "b": [4.0] * 3}
+    silent = Meter(known=False)
+    assert measure_energy(silent, {"a": silent.call}, 3, 0.01) == {}
+    assert typical([3.0, 1.0, 2.0]) == (2.0, (1.0, 3.0))
+
+
+def test_energy_without_zeus_or_without_meters_is_said(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zeus.monitor", None)
+    with pytest.raises(ImportError, match=r"hf_tokenprune\[energy\]"):
+        profile(model, tmp_path / "out", energy=True)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(session, "open_meters", lambda: Meter(known=False))
+    monkeypatch.setattr(energy, "WINDOW", 0.0)
+    report = profile(model, tmp_path / "out", energy=True)
+    assert "zeus finds no meter on this machine" in report.to_markdown()
+    assert not [each for each in report.measured if "energy" in each.what]

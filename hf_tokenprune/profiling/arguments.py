@@ -58,6 +58,9 @@ class ProfileArguments:
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "As from_pretrained takes it."})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; what accelerate finds if not given."})
+    energy: bool = field(
+        default=False, metadata={"help": "Read the machine's meters with zeus, the extra 'energy', where it has some."}
+    )
     seed: int = field(default=0, metadata={"help": "Of made-up inputs and random weights."})
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from ..convert import prune
 from ..modeling.token_outputs import EncoderCall
 from .arguments import ProfileArguments
 from .baselines import time_against_baselines
+from .energy import measure_energy, open_meters, typical
 from .latency import Timing, time_interleaved
 from .machine import describe_machine
 from .macs import MacCount, count_call
@@ -42,6 +43,7 @@ class Session:
         flops, flop_notes = self.flops()
         memory = self.memory()
         timings, by_batch_size = self.latency(), self.latency_by_batch_size()
+        energy, energy_notes = self.energy()
         left = _total(macs["pruned"]) / _total(macs["unpadded"])
         inputs = len(self.subject.inputs)
         measured = [
@@ -51,6 +53,7 @@ class Session:
             *times(timings, inputs),
             *memory,
             *flops,
+            *energy,
         ]
         device = describe_machine(self.subject.device)
         return Report(
@@ -68,7 +71,7 @@ class Session:
             by_batch_size=by_batch_size,
             curve=self.curve(),
             verdict=verdict(timings, by_batch_size, left, self.size, str(device["device"])),
-            notes=[*notes, *flop_notes],
+            notes=[*notes, *flop_notes, *energy_notes],
         )
 
     def operators(self) -> dict[str, list[float]]:
@@ -122,6 +125,32 @@ class Session:
                 reserved = torch.accelerator.max_memory_reserved(self.subject.device)
                 figures.append(Measured("peak memory reserved", name, reserved / 2**20, "MiB"))
         return figures
+
+    def energy(self) -> tuple[list[Measured], list[str]]:
+        """Of an input of the first batch, where it is asked for."""
+        if not self.arguments.energy:
+            return [], []
+        calls = {name: self._finished(model) for name, model in self.models.items()}
+        with torch.inference_mode():
+            joules = measure_energy(open_meters(), calls)
+        if not joules:
+            return [], ["Energy was not measured: zeus finds no meter on this machine."]
+        inputs, figures = len(next(iter(self.batch.values()))), []
+        for name, each in joules.items():
+            middle, spread = typical(each)
+            low, high = (value / inputs for value in spread)
+            figures.append(Measured("energy of an input", name, middle / inputs, "J", len(each), (low, high)))
+        return figures, []
+
+    def _finished(self, model: PreTrainedModel) -> Callable[[], None]:
+        """A call of the first batch that returns when the device is done."""
+
+        def call() -> None:
+            model(**self.batch)
+            if self.subject.device.type != "cpu":
+                torch.accelerator.synchronize(self.subject.device)
+
+        return call
 
     def latency(self) -> dict[str, Timing]:
         arrival, by_length = (self.subject.batches(self.size, by_length=order) for order in (False, True))
