@@ -6,6 +6,9 @@
     python scripts/run_profile.py --pruning outputs/plan/pruning.json ...        # and what that does to other inputs
 
 plan: `top_k` whose cost follows from lengths, or from this device's clock (--target_speedup, --target_latency).
+With `--held_back N` the pruning that was found is tested on N labelled inputs of the other split, beside `top_k` at the
+usual three sites that costs as much on the inputs that were planned for.
+
 calibrate: thresholds by which each input gets its own. search: the best of many schedules on labelled inputs; it goes
 on where it was when started again, and draws front.png. All write pruning.json and plan.json into `output_dir`.
 """
@@ -16,7 +19,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from transformers import PreTrainedModel
 from hf_tokenprune import PruningConfig, calibrate, plan, prune, search_schedule
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
+from hf_tokenprune.planning.held_back import compare_held_back
 from hf_tokenprune.profiling import speedup, speedup_bound, time_interleaved
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.machine import describe_machine
@@ -37,6 +41,7 @@ from hf_tokenprune.viz.search_plots import pareto_front
 
 
 HOW = ("plan", "calibrate", "search")
+PLANNED = 64  # inputs that the usual sites' keep rate is found on
 
 
 @dataclass
@@ -50,6 +55,9 @@ class PlanArguments(ProfileArguments):
     target_latency: float | None = field(default=None, metadata={"help": "Seconds of a batch, here; how plan."})
     layers: list[int] | None = field(default=None, metadata={"help": "The sites; how plan and calibrate."})
     saliency: str = field(default="cls_attention", metadata={"help": "The score; how calibrate."})
+    held_back: int = field(
+        default=0, metadata={"help": "Test on so many labelled inputs of the split that was not planned on; 0: not."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +65,8 @@ class PlanArguments(ProfileArguments):
             raise ValueError(f"how ({self.how!r}) must be one of {', '.join(HOW)}")
         if self.how != "plan" and self.target_macs is None:
             raise ValueError(f"target_macs (None) must be given to {self.how}")
+        if self.held_back < 0 or (self.held_back and (self.dataset_name is None or self.target_macs is None)):
+            raise ValueError(f"held_back ({self.held_back}) must be >= 0, and needs dataset_name and target_macs")
 
 
 def protected(subject: Subject) -> dict[str, Any]:
@@ -84,9 +94,37 @@ def measure(
     }
 
 
-def run(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
+def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:
+    """The inputs in batches with their labels."""
+    if subject.labels is None:
+        raise ValueError("dataset_name (None) must be given: this needs labels")
+    labels = torch.tensor(subject.labels, device=subject.device).split(size)
+    return [batch | {"labels": own} for batch, own in zip(subject.batches(size), labels)]
+
+
+def held_back(subject: Subject, found: dict[str, Any], arguments: PlanArguments) -> list[dict[str, Any]]:
+    """What was found, and `top_k` at the usual sites for the same cost, on inputs of the other split."""
+    other = "train" if arguments.split == "test" else "test"
+    unseen = load_subject(replace(arguments, split=other, max_inputs=arguments.held_back), subject.device)
+    model, some = subject.models["baseline"], subject.batch(list(range(min(PLANNED, len(subject.inputs)))))
+    usual = plan(model, some, target_macs=arguments.target_macs, **protected(subject))
+    pruning = None if found["pruning"] is None else PruningConfig.from_dict(found["pruning"])
+    prunings = {"top_k at the usual sites": usual.pruning, arguments.how: pruning, "nothing": None}
+    return compare_held_back(model, labelled(unseen, arguments.batch_size), prunings)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| pruning | of the MACs | accuracy, % | points [95 %] | KL |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        low, high = row["interval"]
+        points = f"{row['points']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        figures = f"{row['macs']:.3f} | {row['accuracy']:.2f} | {points} | {row['divergence']:.4f}"
+        lines.append(f"| {row['pruning']} | {figures} |")
+    return "\n".join(lines)
+
+
+def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str]:
     """What was found, with `pruning`, and a sentence."""
-    subject = load_subject(arguments, Accelerator(cpu=arguments.device == "cpu").device)
     model, batches = subject.models["baseline"], subject.batches(arguments.batch_size)
     if arguments.how == "plan":
         targets = {name: getattr(arguments, name) for name in ("target_macs", "target_speedup", "target_latency")}
@@ -101,11 +139,8 @@ def run(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
         found = calibrate(model, batches, layers=arguments.layers, saliency=arguments.saliency, **common)
         words = f"{found.inputs} inputs cost {found.macs:.3f} of the MACs, each {found.least:.3f} to {found.most:.3f}."
         return vars(found) | {"pruning": found.pruning.to_dict()}, words
-    if subject.labels is None:
-        raise ValueError("dataset_name (None) must be given to search: it needs labels")
-    labels = torch.tensor(subject.labels, device=subject.device).split(arguments.batch_size)
-    labelled = [batch | {"labels": own} for batch, own in zip(batches, labels)]
-    search = search_schedule(model, labelled, resume_from=Path(arguments.output_dir) / "points.json", **common)
+    given = labelled(subject, arguments.batch_size)
+    search = search_schedule(model, given, resume_from=Path(arguments.output_dir) / "points.json", **common)
     pareto_front(search, Path(arguments.output_dir) / "front.png", title=Path(arguments.model_name_or_path).name)
     chosen = search.chosen
     words = f"The best of {len(search.points)} points: {chosen.score:.4f} at {chosen.macs:.3f} of the MACs."
@@ -116,7 +151,11 @@ def run(arguments: PlanArguments) -> tuple[dict[str, Any], str]:
 def main() -> None:
     try:
         (arguments,) = parse_arguments(PlanArguments)
-        found, words = run(arguments)
+        subject = load_subject(arguments, Accelerator(cpu=arguments.device == "cpu").device)
+        found, words = run(arguments, subject)
+        if arguments.held_back:
+            found["held_back"] = held_back(subject, found, arguments)
+            words += f" On inputs that it was not found on:\n{table(found['held_back'])}\n"
     except (ImportError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     folder = Path(arguments.output_dir)

@@ -14,9 +14,8 @@ from ..modeling.selection import relative_scores
 from ..modeling.token_outputs import EncoderCall
 from ..profiling.macs import count_call, evaluating
 from ..training.budget import HIGHEST, thresholds_for_budget
+from .held_back import Batches
 
-
-Batches = Sequence[Mapping[str, Any]]
 
 SAMPLE = 64  # inputs from which the rate is found that the thresholds start from
 TINY = 1e-9  # a threshold that all reach

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,11 @@ import torch
 from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
-from ..convert import prune
 from ..files import write_atomically
 from ..modeling.pruning_config import PruningConfig, default_layers
-from ..modeling.token_outputs import EncoderCall
-from ..profiling.macs import count_call, evaluating
+from .held_back import Batches, run_pruned
 
 
-Batches = Sequence[Mapping[str, Any]]
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
 
 SALIENCIES = ("cls_attention", "cls_value_norm")
@@ -155,7 +152,7 @@ class _Searcher:
 
     @cached_property
     def unpruned_logits(self) -> torch.Tensor:  # [n, C]
-        return self._run(None, self.batches)[1]
+        return run_pruned(self.model, None, self.batches)[1]
 
     def at(self, layers: list[int], saliency: str, target: float) -> Point | None:
         """These sites at the keep rate that costs the target; None: no rate does."""
@@ -166,7 +163,7 @@ class _Searcher:
             )
 
         def excess(rate: float) -> float:
-            off = self._run(top_k(rate), self.sample)[0] - target
+            off = run_pruned(self.model, top_k(rate), self.sample)[0] - target
             return 0.0 if abs(off) < CLOSE else off
 
         if excess(0.001) > 0 or excess(1.0) < 0:
@@ -178,7 +175,7 @@ class _Searcher:
         known = self.known.get(json.dumps(written))
         if known is not None:
             return known
-        macs, logits = self._run(pruning, self.batches)
+        macs, logits = run_pruned(self.model, pruning, self.batches)
         labels = torch.cat([batch["labels"] for batch in self.batches]).cpu()
         log_p, log_q = self.unpruned_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
@@ -188,21 +185,3 @@ class _Searcher:
             stored = {"of": self.key, "points": [asdict(point) for point in self.known.values()]}
             write_atomically(self.path, json.dumps(stored, indent=1).encode())
         return point
-
-    @torch.no_grad()
-    def _run(self, pruning: PruningConfig | None, batches: Batches) -> tuple[float, torch.Tensor]:
-        """The MAC ratio, and the logits [n, C] on the host."""
-        twin, logits, cost, whole = prune(self.model, pruning), [], 0, 0
-        with evaluating(twin):
-            for batch in batches:
-                call = EncoderCall(work=True)
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-                output = twin(**inputs, encoder_call=call)
-                if "logits" not in output:
-                    raise TypeError(
-                        f"{type(self.model).__name__} must be a classifier to be searched for: it has no logits"
-                    )
-                logits.append(output["logits"].float().cpu())
-                count = count_call(call, twin.config)
-                cost, whole = cost + count.total, whole + count.unpruned
-        return cost / whole, torch.cat(logits)

@@ -1,0 +1,72 @@
+"""What a pruning that was found does on inputs that it was not found on, beside others."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..convert import prune
+from ..metrics import paired_bootstrap
+from ..modeling.pruning_config import PruningConfig
+from ..modeling.token_outputs import EncoderCall
+from ..profiling.macs import count_call, evaluating
+
+
+Batches = Sequence[Mapping[str, Any]]
+
+
+@torch.no_grad()
+def run_pruned(model: PreTrainedModel, pruning: PruningConfig | None, batches: Batches) -> tuple[float, torch.Tensor]:
+    """The MAC ratio over all inputs together, and the logits [n, C] on the host.
+
+    Raises:
+        TypeError: a model without logits.
+    """
+    twin, logits, cost, whole = prune(model, pruning), [], 0, 0
+    with evaluating(twin):
+        for batch in batches:
+            call = EncoderCall(work=True)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            output = twin(**inputs, encoder_call=call)
+            if "logits" not in output:
+                raise TypeError(f"{type(model).__name__} must be a classifier to be searched for: it has no logits")
+            logits.append(output["logits"].float().cpu())
+            count = count_call(call, twin.config)
+            cost, whole = cost + count.total, whole + count.unpruned
+    return cost / whole, torch.cat(logits)
+
+
+def compare_held_back(
+    model: PreTrainedModel, batches: Batches, prunings: Mapping[str, PruningConfig | None]
+) -> list[dict[str, Any]]:
+    """Accuracy and cost of several prunings on labelled inputs.
+
+    Args:
+        batches: with `labels`.
+        prunings: by name; all others are compared with the first.
+
+    Returns:
+        A row for each: MAC ratio, accuracy in percent, mean KL to the logits of the unpruned model; and the points to
+        the first with their 95 % interval, by a paired bootstrap over inputs.
+    """
+    labels = torch.cat([batch["labels"] for batch in batches]).cpu()
+    whole = run_pruned(model, None, batches)[1].log_softmax(dim=-1)
+    rows, first = [], None
+    for name, pruning in prunings.items():
+        macs, logits = run_pruned(model, pruning, batches)
+        right = (logits.argmax(dim=-1) == labels).numpy().astype(float)
+        first = right if first is None else first
+        divergence = (whole.exp() * (whole - logits.log_softmax(dim=-1))).sum(dim=-1).mean().item()
+        rows.append(
+            {
+                "pruning": name,
+                "macs": macs,
+                "inputs": len(labels),
+                "accuracy": 100 * right.mean(),
+                "divergence": divergence,
+                "points": 100 * (right - first).mean(),
+                "interval": [100 * end for end in paired_bootstrap(right, first)],
+            }
+        )
+    return rows

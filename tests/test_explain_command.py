@@ -1,0 +1,71 @@
+"""`run_explain.py` as a user runs it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "run_explain.py"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output_dir", str(tmp_path / "seen"), *arguments])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_texts_of_ones_own(run, tmp_path):
+    tiny.save_text_model(tmp_path / "model")
+    given = ["--model_name_or_path", str(tmp_path / "model"), "--pruning", "top_k"]
+    assert "explain.html" in run(*given, "--texts", "w20 w9 <b>w4</b>", "w5")
+    page = (tmp_path / "seen" / "explain.html").read_text()
+    assert page.count("<article") == 2 and "keep_rate 0.7" in page
+    assert {path.name for path in (tmp_path / "seen").iterdir()} == {"explain.html", "tokens_per_layer.png"}
+
+
+def test_rows_of_a_data_set(run, tmp_path):
+    tiny.save_text_model(tmp_path / "model")
+    rows = [json.dumps({"text": "w20 " * (3 + i % 20), "label": "abc"[i % 3]}) + "\n" for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    run("--model_name_or_path", str(tmp_path / "model"), "--pruning", "top_k", "--inputs", "3", "--dataset_name",
+        str(tmp_path / "data.jsonl"))  # fmt: skip
+    assert (tmp_path / "seen" / "explain.html").read_text().count("<article") == 3
+
+
+@pytest.mark.real
+def test_images(run, tmp_path):
+    ViTForImageClassification(tiny.VIT).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "model")
+    merging = '{"preset": "tome", "r": [6, 4]}'
+    run("--model_name_or_path", str(tmp_path / "model"), "--pruning", merging, "--dataset_name",
+        "mnist-5k", "--image_column", "image", "--inputs", "2")  # fmt: skip
+    page = (tmp_path / "seen" / "explain.html").read_text()
+    assert page.count("data:image/png;base64,") == page.count("<article") == 2
+    assert page.count("<option") == 3  # the input and two sites: those that nobody leaves are not shown
+    assert (tmp_path / "seen" / "patches-1.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--texts", "w5"], "pruning (None) must have sites"),
+        (["--texts", "w5", "--pruning", "top_k", "--image_column", "image"], "takes texts"),
+        (["--pruning", "top_k"], "one of texts (None) and dataset_name (None) must be given"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(run, tmp_path, arguments, said):
+    tiny.save_text_model(tmp_path / "model")
+    with pytest.raises(SystemExit) as stopped:
+        run("--model_name_or_path", str(tmp_path / "model"), *arguments)
+    assert said in str(stopped.value)
+    assert not (tmp_path / "seen").exists()
