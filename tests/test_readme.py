@@ -1,0 +1,119 @@
+"""Every code block of the README runs, but for commands of several machines and those that take hours.
+
+Names like `your/bert` are folders here, with tiny models and data, and commands get further arguments that make them
+short. Not among the ordinary tests: `pytest -m readme`.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hub_server
+import pytest
+import tiny
+import torch
+from transformers import BertForSequenceClassification
+
+from hf_tokenprune import prune
+
+
+pytestmark = pytest.mark.readme
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+SHORT = {
+    "run_finetune.py": "--max_steps 1 --max_train_samples 8 --max_test_samples 4 --report_to none --use_cpu",
+    "run_predict.py": "--max_rows 8",
+    "run_profile.py": "--max_inputs 4 --batch_size 2 --batch_sizes 1 --rounds 3 --device cpu",
+    "run_plan.py": "--max_inputs 8 --batch_size 4 --rounds 3 --device cpu",
+    "run_explain.py": "--inputs 1",
+    "run_push.py": "",
+}
+ELSEWHERE = {
+    "accelerate": "several processes: tests/test_finetune.py and tests/test_predict.py start two",
+    "python3": "an environment of its own: .ci/run",
+    "run_quickstart.py": "trains for minutes: .ci/run",
+    "run_comparison.py": "trains for hours: tests/test_comparison.py",
+}
+
+
+def commands() -> Iterator[str]:
+    for language, block in BLOCKS:
+        if language == "bash":
+            yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
+
+
+def script_of(command: str) -> str:
+    first = shlex.split(command)[0]
+    return next(word for word in shlex.split(command) if word.endswith(".py")).rpartition("/")[2] if first in (
+        "python", ".venv/bin/python") else first  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder where the README's names are something."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("scripts", "recipes", "model_cards"):
+        (folder / name).symlink_to(ROOT / name)
+    config = tiny.BERT.__class__(**tiny.BERT.to_dict() | {"num_hidden_layers": 12, "max_position_embeddings": 512})
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)
+    for name in ("your/bert", "your/bert-classifier", "your/classifier"):
+        model.save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    for name in ("your/pruned-bert", "pruned"):
+        prune(model, "top_k").save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    rows = [{"id": i, "text": "w20 w9 " * (3 + i % 9), "label": "abc"[i % 3]} for i in range(24)]
+    for path in ("your/data/train.jsonl", "your/data/test.jsonl", "texts/a.jsonl"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[dict[str, str]]:
+    """A Hub on loopback that knows `you`; what a process needs to take it for the Hub."""
+    hub_server.USER = "you"
+    with hub_server.serve() as (url, _):
+        yield {"HF_ENDPOINT": url, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    hub_server.USER = "founder"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("command", commands())
+def test_commands(command, place, hub):
+    script = script_of(command)
+    if script in ELSEWHERE:
+        pytest.skip(ELSEWHERE[script])
+    words = [sys.executable, *shlex.split(command, comments=True)[1:], *SHORT[script].split()]
+    environment = os.environ | (hub if script == "run_push.py" else {})
+    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_python(place, monkeypatch, hub):
+    """One after the other, with what they take for granted."""
+    monkeypatch.chdir(place)
+    for name in ("HF_TOKEN", "HF_HUB_DISABLE_XET"):
+        monkeypatch.setenv(name, hub[name])
+    words = tiny.tokenizer()
+    texts = ["w20 w9 w4 w5 w6 w7", "w8 w9"]
+    batch = dict(words(texts, padding=True, return_tensors="pt"))
+    labelled = {**batch, "labels": torch.tensor([0, 1])}
+    data = [{**words(texts[0]), "labels": i % 2} for i in range(16)]
+    known = {"tokenizer": words, "texts": texts, "data": data, "batches": [batch], "labelled_batches": [labelled] * 2}
+    # Where a checkpoint comes from the Hub, the folder that was pushed stands for it.
+    pushed = place / "you" / "your-model"
+    if not pushed.exists():
+        pushed.parent.mkdir()
+        pushed.symlink_to(place / "pruned")
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), known)
