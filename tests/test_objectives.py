@@ -27,6 +27,14 @@ PRUNINGS = {
         "threshold": [0.6, 0.8],
         "objective": {"name": "budget", "target_macs": 0.5},
     },
+    "budget_learned": {
+        "preset": "adaptive",
+        "layers": [1, 2],
+        "threshold": [0.9, 0.95],
+        "saliency": "learned",
+        "place": "before",
+        "objective": {"name": "budget", "target_macs": 0.5},
+    },
     "budget_ltp": {
         "preset": "ltp",
         "thresholds": [0.0, 0.03, 0.04, 0.0],
@@ -62,7 +70,10 @@ def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -
             counted[0] = 0.0
             mean = (shared * counted[:, None]).sum(dim=0) / counted.sum().clamp(min=1)
             choice = layer.token_predictor.out_conv(torch.cat([own, mean.expand_as(shared)], dim=1))
-            mask = drawn(choice)
+            stays = choice[:, 0].exp()
+            score = weight.sum() * stays / (stays * counted).sum()
+            learned = objective.name == "budget"
+            mask = _budget_mask(score, layer, objective) if learned else drawn(choice)
             weight = weight * torch.cat([torch.ones(1, dtype=x.dtype), mask[1:]])
             seen.append((site, weight))
         q, k, v = (f(x).view(len(ids), 4, -1).transpose(0, 1) for f in (layer.query, layer.key, layer.value))
@@ -85,13 +96,17 @@ def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -
                 if objective.name == "ltp":
                     mask = torch.sigmoid((score - module.log_threshold.exp()) / objective.temperature)
                 else:
-                    mask = torch.sigmoid((score.log() - module.log_threshold) / objective.temperature)
+                    mask = _budget_mask(score, layer, objective)
             mask = torch.cat([torch.ones(1, dtype=x.dtype), mask[1:]])
             weight = weight * mask
             x = x * mask[:, None] if objective.method.on_hidden else x
             seen.append((site, weight))
         x = layer.feed_forward_block(x[None])[0]
     return model.classifier(bert.pooler(x[None])), seen
+
+
+def _budget_mask(score: torch.Tensor, layer: torch.nn.Module, objective: Objective) -> torch.Tensor:
+    return torch.sigmoid((score.log() - layer.token_mask.log_threshold) / objective.temperature)
 
 
 def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
@@ -107,6 +122,11 @@ def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
     for sample in seen:
         tokens = torch.tensor(float(len(sample[0][1])), dtype=torch.double)
         n = [tokens, tokens, sample[0][1].sum(), sample[1][1].sum()]
+        if model.config.pruning.sites[1].place == "before":
+            layers_cost, predictors = _cost_of_learned(*n[1:])
+            cost = cost + layers_cost + predictors
+            whole = whole + 4 * (4 * tokens * 32 * 32 + 2 * tokens**2 * 32 + tokens * 2 * 32 * 64)
+            continue
         left = [tokens, sample[0][1].sum(), sample[1][1].sum(), torch.tensor(1.0)]
         for index, (keys, rest) in enumerate(zip(n, left)):
             site = index in (1, 2)
@@ -119,6 +139,16 @@ def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
             whole = whole + 4 * tokens * 32 * 32 + 2 * tokens**2 * 32 + tokens * 2 * 32 * 64
     excess = cost / whole - objective.target_macs
     return model.bert.token_budget.linear * excess + model.bert.token_budget.quadratic * excess**2
+
+
+def _cost_of_learned(tokens: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> tuple:
+    """Layers, of which the last computes one query, and two predictors, of 32 to 32, 16, 8, and 2."""
+    one = torch.ones_like(first)
+    layers = sum(
+        2 * keys * 32 * 32 + 2 * rest * 32 * 32 + 2 * rest * keys * 32 + rest * 2 * 32 * 64
+        for keys, rest in ((tokens, tokens), (first, first), (second, second), (second, one))
+    )
+    return layers, ((tokens - 1) + (first - 1)) * (32 * 32 + 32 * 16 + 16 * 8 + 8 * 2)
 
 
 @pytest.mark.parametrize("execution", tiny.EXECUTIONS)
@@ -154,7 +184,9 @@ def test_loss_and_gradients_are_the_naive_ones(name, execution, monkeypatch):
         theirs = -theirs if "token_budget" in parameter_name else theirs  # ascent
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=parameter_name)
         moved += any(part in PRUNER_MODULES for part in parameter_name.split(".")) and bool(theirs.any())
-    assert moved == {"ltp": 2, "budget": 4, "budget_ltp": 4, "power_bert": 3, "dynamicvit": 20}[name]
+    assert (
+        moved == {"ltp": 2, "budget": 4, "budget_ltp": 4, "power_bert": 3, "dynamicvit": 20, "budget_learned": 24}[name]
+    )
 
 
 def _straight_through(x: torch.Tensor) -> torch.Tensor:
@@ -164,7 +196,7 @@ def _straight_through(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", tiny.HEADS)
-@pytest.mark.parametrize("name", ["ltp", "budget", "budget_ltp"])
+@pytest.mark.parametrize("name", ["ltp", "budget", "budget_ltp", "budget_learned"])
 def test_the_sharpest_masks_are_removal(case, name):
     spec = copy.deepcopy(PRUNINGS[name])
     spec["objective"] = {**spec["objective"], "temperature": 1e-10}
