@@ -6,30 +6,23 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_tokenprune.hub.cards import model_card, read_about
+from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about
 
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [path.parent for path in sorted((ROOT / "recipes").glob("*/card.yaml"))]
 
 
-def card(recipe: Path) -> tuple[ModelCard, dict]:
+def card(recipe: Path) -> tuple[ModelCard, dict, dict]:
     evidence = json.loads((ROOT / "model_cards" / "evidence" / f"{recipe.name}.json").read_text())
-    seeds = " ".join(map(str, evidence["seeds"]))
-    command = f"python scripts/run_comparison.py --recipe recipes/{recipe.name} --seeds {seeds} --output_dir "
-    made = model_card(
-        read_about(recipe),
-        evidence,
-        command=f"{command}outputs/{recipe.name}",
-        picture=f"evidence/{recipe.name}.png",
-        template=ROOT / "model_cards" / "template.md",
-    )
-    return made, evidence
+    about, template = read_about(recipe), ROOT / "model_cards" / "template.md"
+    made = measured_card(about, evidence, recipe=recipe.name, picture=f"evidence/{recipe.name}.png", template=template)
+    return made, about, evidence
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_a_card_is_its_evidence(recipe):
-    made, evidence = card(recipe)
+    made, about, evidence = card(recipe)
     written = (ROOT / "model_cards" / f"{recipe.name}.md").read_text()
     assert written == f"{str(made).rstrip()}\n"
     read = ModelCard(written).data
@@ -38,6 +31,8 @@ def test_a_card_is_its_evidence(recipe):
     assert result.metric_value == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
     assert read.to_dict() == made.data.to_dict() and read.base_model and read.license
     assert (ROOT / "model_cards" / "evidence" / f"{recipe.name}.png").exists()
+    (entry,) = evaluation_results(about, evidence)
+    assert entry["value"] == result.metric_value and entry["dataset"]["id"] == about["dataset"]
 
 
 def test_what_is_missing_is_named(tmp_path):
