@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_tokenprune import PruningConfig, prune
+from hf_tokenprune.modeling import modeling_tokenprune
 from hf_tokenprune.modeling.modeling_tokenprune import PRUNER_MODULES
 from hf_tokenprune.modeling.pruning_objective import Objective
 from hf_tokenprune.modeling.soft_pruning import BudgetMultipliers, expected_ratio
@@ -313,6 +314,20 @@ def test_reentrant_checkpointing_is_refused_in_the_soft_phase():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match=r"use_reentrant \(True\) must be False"):
         model(**inputs)
+
+
+def test_a_loss_that_leaves_the_objective_out_is_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_tokenprune.logger, "warning_once", said.append)
+    model = soft_model(TEXT, PruningConfig.coerce(PRUNINGS["budget"], tiny.LAYERS)).float()
+    inputs = tiny.inputs_for(TEXT)
+    model(**inputs, labels=torch.tensor([0, 1, 2, 0]))
+    model(**inputs, encoder_call=EncoderCall())  # who collects the work adds it
+    assert not said
+    model(**inputs)
+    assert len(said) == 1 and "TokenPruneTrainer" in said[0]
+    model.eval()(**inputs)
+    assert len(said) == 1
 
 
 BAD = [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import logging
 
 from .pruning_config import PruningConfig
 from .pruning_objective import Objective
@@ -25,6 +26,8 @@ from .token_layout import shapes_only
 from .token_outputs import EncoderCall, LayerWork
 from .token_state import TokenState, start_state
 
+
+logger = logging.get_logger(__name__)
 
 # What a pruning has parameters in, wherever in a model.
 PREDICTORS = ("token_predictor",)
@@ -414,7 +417,8 @@ class TokenPruneHead(Prunable):
         """
         if not inputs.pop("restore", True):
             raise ValueError("restore (False) must be True with a head, which reads the restored sequence")
-        call = inputs.pop("encoder_call", None) or EncoderCall()
+        own = inputs.pop("encoder_call", None)
+        call = own or EncoderCall()
         call.first_token_only = self.reads_first_token_only
         call.trace = call.trace or bool(output_token_trace)
         call.work = call.work or self.base_model.softening is not None
@@ -422,6 +426,11 @@ class TokenPruneHead(Prunable):
         if outputs.get("loss") is not None:
             extra = self.base_model.pruning_loss(call)
             outputs["loss"] = outputs["loss"] if extra is None else outputs["loss"] + extra
+        elif own is None and self.base_model.softening is not None:
+            logger.warning_once(
+                "The pruning's objective adds to the model's loss, and without labels there is none: a loss of your "
+                "own (label smoothing, compute_loss_func) needs TokenPruneTrainer, which adds it."
+            )
         return self.output_class(**outputs, token_trace=call.token_trace())
 
 
