@@ -1,7 +1,7 @@
 """Publish a pruned model on the Hub in one commit: weights, code, tokenizer or image processor, card, evidence.
 
-    python scripts/run_push.py --model_name_or_path out/seed-0/pruned/model --repo_id you/your-model \\
-        --recipe recipes/minilm-20newsgroups-religion --evidence out/comparison.json
+    python scripts/run_push.py --model_name_or_path outputs/religion/seed-0/pruned/model --repo_id you/your-model \\
+        --recipe recipes/minilm-20newsgroups-religion --evidence outputs/religion/comparison.json
     python scripts/run_push.py --model_name_or_path pruned --base_model your/bert --license apache-2.0 --stage_dir look
     python scripts/run_push.py --model_name_or_path your/bert --pruning top_k --repo_id you/bert-top-k --private
 
@@ -72,6 +72,8 @@ def make(arguments: PushArguments, scratch: Path) -> Path:
         card = unmeasured_card(model, title=title, **known, template=arguments.template)
         return stage(folder, model, processing, card)
     about, evidence = read_about(arguments.recipe), json.loads(Path(arguments.evidence).read_text())
+    if (model.config.pruning and model.config.pruning.to_dict()) not in evidence["prunings"]:
+        raise ValueError(f"evidence ({arguments.evidence}) must be of this model's pruning, and is of others")
     picture = comparison_picture(evidence, scratch / "accuracy_over_macs.png", title=about["title"])
     name = Path(arguments.recipe).name
     card = measured_card(about, evidence, recipe=name, picture=picture.name, template=arguments.template)

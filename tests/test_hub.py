@@ -243,19 +243,22 @@ def run_push(hub: Hub, *arguments: str) -> str:
 
 
 def test_the_command_line(hub, tmp_path):
-    repository(tmp_path / "made")
     recipe = ROOT / "recipes" / "minilm-20newsgroups-religion"
     evidence = ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json"
-    given = ["--model_name_or_path", str(tmp_path / "made" / "repository"), "--repo_id", "founder/measured"]
-    printed = run_push(hub, *given, "--recipe", str(recipe), "--evidence", str(evidence))
+    measured = json.loads(evidence.read_text())
+    other = repository(tmp_path / "other")
+    model = bert()
+    model.set_pruning(measured["prunings"][0])
+    given = ["--repo_id", "founder/measured", "--recipe", str(recipe), "--evidence", str(evidence)]
+    refused = run_push(hub, *given, "--model_name_or_path", str(other))
+    assert "must be of this model's pruning" in refused and "Traceback" not in refused and not hub.repositories
+    printed = run_push(hub, *given, "--model_name_or_path", str(repository(tmp_path / "made", model)))
     assert "published http" in printed, printed
     files = hub.files("founder/measured")
-    assert json.loads(files["evidence.json"]) == json.loads(evidence.read_text())
+    assert json.loads(files["evidence.json"]) == measured
     assert files["accuracy_over_macs.png"].startswith(b"\x89PNG")
-    pruned = next(row for row in json.loads(evidence.read_text())["quality"] if row["run"] == "pruned")
+    pruned = next(row for row in measured["quality"] if row["run"] == "pruned")
     (result,) = yaml.safe_load(files[".eval_results/hf_tokenprune.yaml"])
     assert result["value"] == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
     card = ModelCard(files["README.md"].decode())
     assert card.data.eval_results[0].metric_value == result["value"] and "(accuracy_over_macs.png)" in card.text
-    printed = run_push(hub, *given)
-    assert "PushError: repo_id ('founder/measured') must be new or empty" in printed and "Traceback" not in printed

@@ -70,6 +70,10 @@ def place(tmp_path_factory) -> Path:
     for name in ("your/pruned-bert", "pruned"):
         prune(model, "top_k").save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
+    evidence = json.loads((ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json").read_text())
+    trained = folder / "outputs" / "religion" / "seed-0" / "pruned" / "model"
+    prune(model, evidence["prunings"][0]).save_pretrained(trained)
+    tiny.tokenizer().save_pretrained(trained)
     rows = [{"id": i, "text": "w20 w9 " * (3 + i % 9), "label": "abc"[i % 3]} for i in range(24)]
     for path in ("your/data/train.jsonl", "your/data/test.jsonl", "texts/a.jsonl"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
