@@ -28,6 +28,13 @@ PRUNINGS = {
         "threshold": [0.6, 0.8],
         "objective": {"name": "budget", "target_macs": 0.5},
     },
+    "budget_values": {
+        "preset": "adaptive",
+        "layers": [1, 2],
+        "threshold": [0.7, 0.9],
+        "saliency": "cls_value_norm",
+        "objective": {"name": "budget", "target_macs": 0.5},
+    },
     "budget_learned": {
         "preset": "adaptive",
         "layers": [1, 2],
@@ -93,7 +100,9 @@ def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -
                 mask[order] = module.share[: len(ids)].to(x.dtype)
             else:
                 received = (mean * weight[:, None]).sum(dim=0) / weight.sum()
-                score = received if site.rule == "threshold" else mean[0] * weight.sum()
+                fetched = (maps[:, 0] * v.norm(dim=-1)).sum(dim=0)
+                row = fetched / fetched.sum() if site.saliency == "cls_value_norm" else mean[0]
+                score = received if site.rule == "threshold" else row * weight.sum()
                 if objective.name == "ltp":
                     mask = torch.sigmoid((score - module.log_threshold.exp()) / objective.temperature)
                 else:
@@ -131,10 +140,11 @@ def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
         left = [tokens, sample[0][1].sum(), sample[1][1].sum(), torch.tensor(1.0)]
         for index, (keys, rest) in enumerate(zip(n, left)):
             site = index in (1, 2)
-            row = site and model.config.pruning.sites[index].saliency == "cls_attention"
-            # The class token's query and row of logits, or every query and a map.
+            # The class token's query and row of logits, with norms of the values or without, or every query and a map.
+            row = {"cls_attention": 32, "cls_value_norm": 2 * 32 + 4}
+            row = row.get(model.config.pruning.sites[index].saliency) if site else None
             queries = rest + 1 if row else keys if site else rest
-            cost = cost + (keys * 32 if row else keys**2 * 32 if site else 0)
+            cost = cost + (keys * row if row else keys**2 * 32 if site else 0)
             cost = cost + 2 * keys * 32 * 32 + (queries + rest) * 32 * 32
             cost = cost + 2 * rest * keys * 32 + rest * 2 * 32 * 64
             whole = whole + 4 * tokens * 32 * 32 + 2 * tokens**2 * 32 + tokens * 2 * 32 * 64
@@ -185,9 +195,8 @@ def test_loss_and_gradients_are_the_naive_ones(name, execution, monkeypatch):
         theirs = -theirs if "token_budget" in parameter_name else theirs  # ascent
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=parameter_name)
         moved += any(part in PRUNER_MODULES for part in parameter_name.split(".")) and bool(theirs.any())
-    assert (
-        moved == {"ltp": 2, "budget": 4, "budget_ltp": 4, "power_bert": 3, "dynamicvit": 20, "budget_learned": 24}[name]
-    )
+    # Two masks and two multipliers, but for these.
+    assert moved == {"ltp": 2, "power_bert": 3, "dynamicvit": 20, "budget_learned": 24}.get(name, 4)
 
 
 def _straight_through(x: torch.Tensor) -> torch.Tensor:
@@ -197,7 +206,7 @@ def _straight_through(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", tiny.HEADS)
-@pytest.mark.parametrize("name", ["ltp", "budget", "budget_ltp", "budget_learned"])
+@pytest.mark.parametrize("name", ["ltp", "budget", "budget_ltp", "budget_values", "budget_learned"])
 def test_the_sharpest_masks_are_removal(case, name):
     spec = copy.deepcopy(PRUNINGS[name])
     spec["objective"] = {**spec["objective"], "temperature": 1e-10}

@@ -31,7 +31,7 @@ class Method:
     on_hidden: bool = False
 
 
-_VOTES = ("cls_attention", "received_attention", "received_from_others")
+_VOTES = ("cls_attention", "cls_value_norm", "received_attention", "received_from_others")
 OBJECTIVES = MappingProxyType(
     {
         # sigmoid((score - threshold) / temperature), learned thresholds, penalty x mean mask (LTP, KDD 2022)
