@@ -1,5 +1,6 @@
 """Classification data, texts or images, from the packaged sets, the Hub or local files, in one form."""
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,34 @@ def load_classification(
     if isinstance(splits["train"].features["label"], datasets.ClassLabel):
         return splits
     return _encode_labels(splits)
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Which data, and what of it: the arguments that all command lines on labelled data share."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class."})
+    max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels of the side that images are brought to; the processor's own if not given."},
+    )
+
+    def load(self) -> datasets.DatasetDict:
+        """As `load_classification`."""
+        return load_classification(
+            self.dataset_name,
+            config=self.dataset_config,
+            input_column=self.image_column or self.text_column,
+            label_column=self.label_column,
+        )
 
 
 def _encode_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:

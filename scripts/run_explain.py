@@ -20,13 +20,13 @@ from hf_tokenprune import packaged
 from hf_tokenprune.checkpoints import load_model, load_processing, takes_images
 from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
 from hf_tokenprune.convert import prune
-from hf_tokenprune.data import load_classification, read_images, tokenize
+from hf_tokenprune.data import DataArguments, read_images, tokenize
 from hf_tokenprune.modeling.pruning_config import PruningConfig
 from hf_tokenprune.viz import DocumentView, draw_patches, draw_tokens, explain, render_page, write_page
 
 
-@dataclass
-class ExplainArguments:
+@dataclass(kw_only=True)
+class ExplainArguments(DataArguments):
     model_name_or_path: str = field(
         metadata={"help": f"Hub id, folder, or one of {', '.join(packaged.available_models())}."}
     )
@@ -35,21 +35,9 @@ class ExplainArguments:
         default=None, metadata={"help": "A preset's name, JSON or a .json file; the model's own if not given."}
     )
     texts: list[str] | None = field(default=None, metadata={"help": "Texts to look at, in place of a data set."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
-    image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class."})
     split: str = field(default="test", metadata={"help": "train or test."})
     inputs: int = field(default=4, metadata={"help": "So many rows of the data set, drawn by seed."})
     seed: int = field(default=0, metadata={"help": "Which rows."})
-    max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Pixels of the side of images; the processor's own if not given."}
-    )
 
     def __post_init__(self) -> None:
         if (self.texts is None) == (self.dataset_name is None):
@@ -76,12 +64,7 @@ def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object
     if arguments.texts is not None:
         given = processing(arguments.texts, truncation=True, max_length=arguments.max_length, padding=True)
         return dict(given.convert_to_tensors("pt")), None
-    splits = load_classification(
-        arguments.dataset_name,
-        config=arguments.dataset_config,
-        input_column=arguments.image_column or arguments.text_column,
-        label_column=arguments.label_column,
-    )
+    splits = arguments.load()
     rows = splits[arguments.split].shuffle(seed=arguments.seed)
     rows = rows.select(range(min(arguments.inputs, len(rows))))
     labels = [rows.features["label"].names[label] for label in rows["label"]]

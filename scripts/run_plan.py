@@ -44,7 +44,7 @@ HOW = ("plan", "calibrate", "search")
 PLANNED = 64  # inputs that the usual sites' keep rate is found on
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PlanArguments(ProfileArguments):
     """Those of `run_profile.py` that name a model and inputs, and a target."""
 

@@ -149,7 +149,8 @@ def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
             cost = cost + 2 * rest * keys * 32 + rest * 2 * 32 * 64
             whole = whole + 4 * tokens * 32 * 32 + 2 * tokens**2 * 32 + tokens * 2 * 32 * 64
     excess = cost / whole - objective.target_macs
-    return model.bert.token_budget.linear * excess + model.bert.token_budget.quadratic * excess**2
+    linear, quadratic = model.bert.token_budget.linear, model.bert.token_budget.quadratic
+    return linear * excess + (quadratic + objective.penalty) * excess**2
 
 
 def _cost_of_learned(tokens: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> tuple:
@@ -345,7 +346,7 @@ BAD = [
     ({"name": "ltp", "target_macs": 0.5}, r"target_macs \(0.5\) must be given with objective 'budget'"),
     ({"name": "budget", "target_macs": 1.5}, r"target_macs \(1.5\) must be in \(0, 1\]"),
     ({"name": "ltp", "temperature": 0}, r"temperature \(0.0\) must be > 0"),
-    ({"name": "budget", "target_macs": 0.5, "penalty": 1.0}, r"penalty \(1.0\) must not be given"),
+    ({"name": "budget", "target_macs": 0.5, "penalty": -1.0}, r"penalty \(-1.0\) must be >= 0"),
     ({"name": "power_bert", "temperature": 1.0}, r"temperature \(1.0\) must not be given"),
     ({"name": "ltp", "penalty": -1}, r"penalty \(-1.0\) must be >= 0"),
     ({"name": "ltp", "phase": "warm"}, "unknown phase 'warm'"),

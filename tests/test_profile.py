@@ -34,8 +34,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def profile(model: Path, output: Path, **changes: Any) -> Any:
-    given = {"pruning": json.dumps(PRUNING), "lengths": [30, 12, 21], "rounds": 3, "batch_sizes": [1], "device": "cpu"}
-    return run_profile(ProfileArguments(str(model), str(output), **given | changes), draw_profile)
+    given = {
+        "model_name_or_path": str(model),
+        "output_dir": str(output),
+        "pruning": json.dumps(PRUNING),
+        "lengths": [30, 12, 21],
+        "rounds": 3,
+        "batch_sizes": [1],
+        "device": "cpu",
+    }
+    return run_profile(ProfileArguments(**given | changes), draw_profile)
 
 
 def test_a_folder_with_everything(model, tmp_path):

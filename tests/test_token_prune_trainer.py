@@ -81,6 +81,8 @@ def test_a_budget_is_met_and_logged(tmp_path):
     trainer.train()
 
     assert [phase for phase, _, _ in seen] == ["soft"] * 10 + ["hard"] * 10
+    hard = [entry["mac_ratio"] for entry in trainer.state.log_history if "loss" in entry][10]
+    assert hard == pytest.approx(0.6, abs=0.03)  # met at the switch, and not at the end alone
     batch = {name: torch.stack([row[name] for row in rows_of()]) for name in ("input_ids", "attention_mask")}
     start = count_macs(prune(native_model(), None), batch).ratio
     falling = [start - (start - 0.6) * share for share in (0, 0.25, 0.5, 0.75, 1, 1)]
@@ -258,7 +260,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("stop", [2, 6])
+@pytest.mark.parametrize("stop", [2, 4, 6])  # in the soft phase, at the switch, in the hard phase
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_with_the_same_weights(name, stop, tmp_path):
     pruning, arguments = RESUMED[name]

@@ -19,14 +19,14 @@ class Method:
     """What an objective asks of the stages it trains, and what it takes if nothing is said.
 
     rules: the selection rules that it knows masks for. saliencies: scores that are known where masks stand for removal.
-    penalty: the weight of what is added to the loss. temperature: of the masks. None: it has none.
+    penalty: the weight of what is added to the loss, of a budget's damping. temperature: of the masks; None: none.
     on_hidden: whether hidden states are multiplied by the masks; otherwise log(mask) is added to the attention logits
         of the masked keys, which in the limit is removal.
     """
 
     rules: tuple[str, ...]
     saliencies: tuple[str, ...]
-    penalty: float | None
+    penalty: float
     temperature: float | None
     on_hidden: bool = False
 
@@ -40,8 +40,9 @@ OBJECTIVES = MappingProxyType(
         "power_bert": Method(("keep_count",), (*_VOTES, "key_norm"), 3e-4, None, on_hidden=True),
         # a hard Gumbel mask of the predictor, penalty x mean_s (mean mask - rate_s)^2 (DynamicViT, NeurIPS 2021)
         "dynamicvit": Method(("keep_rate",), ("learned",), 2.0, 1.0),
-        # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio
-        "budget": Method(("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "learned"), None, 0.2),
+        # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio, and
+        # penalty x (ratio - target)^2, which damps the multipliers (Platt and Barr, NIPS 1987)
+        "budget": Method(("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "learned"), 10.0, 0.2),
     }
 )
 

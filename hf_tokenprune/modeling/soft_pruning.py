@@ -200,7 +200,8 @@ def objective_loss(
             mass = ((site.layer + 1) * module.clamped.sum() for (site, _), module in zip(call.softened, modules))
             return objective.penalty * sum(mass)
         case _:
-            return budget(expected_ratio(call, config) - objective.target_macs)
+            excess = expected_ratio(call, config) - objective.target_macs
+            return budget(excess) + objective.penalty * excess.square()
 
 
 def expected_ratio(call: EncoderCall, config: Any) -> torch.Tensor:

@@ -4,14 +4,15 @@ import json
 from dataclasses import dataclass, field
 
 from .. import packaged
+from ..data import DataArguments
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("train", "test")
 
 
-@dataclass
-class ProfileArguments:
+@dataclass(kw_only=True)
+class ProfileArguments(DataArguments):
     """What is profiled, on what, and where the report goes.
 
     Raises:
@@ -41,16 +42,6 @@ class ProfileArguments:
     batch_sizes: list[int] = field(
         default_factory=lambda: [1, 4, 16], metadata={"help": "Further batches, for latency over batch size."}
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Real inputs: Hub id, folder, file, or a packaged set; with labels accuracy, too."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
-    image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class."})
-    max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
-    image_size: int | None = field(default=None, metadata={"help": "Pixels of the side of an image."})
     split: str = field(default="test", metadata={"help": "train or test: where the inputs are taken from."})
     max_inputs: int = field(default=64, metadata={"help": "Inputs that are read from the data."})
     rounds: int = field(default=15, metadata={"help": "Timed rounds, in each of which all models run in turn."})

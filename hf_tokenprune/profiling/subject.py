@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from ..checkpoints import load_model, saved_task, takes_images
 from ..command_line import model_source, written_pruning
 from ..convert import prune
-from ..data import load_classification, read_images, tokenize
+from ..data import read_images, tokenize
 from .arguments import ProfileArguments
 from .baselines import stock_model
 
@@ -140,13 +140,7 @@ def _made_up_images(arguments: ProfileArguments, model: PreTrainedModel) -> list
 def _real_inputs(
     arguments: ProfileArguments, source: str | Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[list[dict[str, Any]], list[int], Callable]:
-    column = arguments.image_column or arguments.text_column
-    splits = load_classification(
-        arguments.dataset_name,
-        config=arguments.dataset_config,
-        input_column=column,
-        label_column=arguments.label_column,
-    )
+    splits = arguments.load()
     rows = splits[arguments.split].shuffle(seed=arguments.seed)
     rows = rows.select(range(min(arguments.max_inputs, len(rows))))
     if not len(rows):

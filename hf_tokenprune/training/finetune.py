@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import packaged
 from ..command_line import model_source, written_pruning
 from ..convert import prune
-from ..data import load_classification, read_images, tokenize
+from ..data import DataArguments, read_images, tokenize
 from ..files import write_atomically
 from ..metrics import Accuracy
 from ..profiling.baselines import speed_table, time_against_baselines
@@ -48,8 +48,8 @@ STEPS = (
 )
 
 
-@dataclass
-class FinetuneArguments:
+@dataclass(kw_only=True)
+class FinetuneArguments(DataArguments):
     model_name_or_path: str = field(
         default="minilm-l6", metadata={"help": f"Hub id, folder, or one of {', '.join(packaged.available_models())}."}
     )
@@ -59,15 +59,6 @@ class FinetuneArguments:
     dataset_name: str = field(
         default="20newsgroups-religion",
         metadata={"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
-    image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class."})
-    max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Pixels of the side that images are brought to; the processor's own if not given."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many inputs."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on so many inputs."})
@@ -82,12 +73,7 @@ class FinetuneArguments:
 
 
 def load_splits(arguments: FinetuneArguments, seed: int) -> datasets.DatasetDict:
-    splits = load_classification(
-        arguments.dataset_name,
-        config=arguments.dataset_config,
-        input_column=arguments.image_column or arguments.text_column,
-        label_column=arguments.label_column,
-    )
+    splits = arguments.load()
     # Many sets come sorted by class. The test inputs are the same ones, in the same order, for all seeds.
     splits["train"], splits["test"] = splits["train"].shuffle(seed=seed), splits["test"].shuffle(seed=0)
     for name, limit in (("train", arguments.max_train_samples), ("test", arguments.max_test_samples)):

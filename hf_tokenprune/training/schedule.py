@@ -1,13 +1,17 @@
 """What changes in a pruning while a model trains. Everything follows from the step, so that a resumed run goes on."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..modeling.modeling_tokenprune import Prunable
+from ..modeling.pruning_config import PruningConfig
+from ..modeling.soft_pruning import ThresholdMask
 
 
 def pruned_model(model: nn.Module) -> Prunable:
@@ -63,7 +67,8 @@ class KeepRateWarmup(TrainerCallback):
 class SoftToHard(TrainerCallback):
     """An objective's two phases in one run: masks first, then removal with what they learned.
 
-    In the soft phase the temperature falls geometrically and a budget's target linearly.
+    In the soft phase the temperature falls geometrically and a budget's target linearly. Masks do not cost what removal
+    costs: at the switch thresholds move together until the budget is met, and the hard phase trains what will be used.
 
     Args:
         soft_share: of all optimiser steps.
@@ -72,12 +77,14 @@ class SoftToHard(TrainerCallback):
 
     Attributes:
         start_macs: the MAC ratio that a budget's target falls from: what the model costs with nothing pruned.
+        meet: from a pruning to the same that meets its budget; None: there is none to meet.
     """
 
     def __init__(self, soft_share: float, budget_warmup: float, final_temperature: float | None):
         self.soft_share, self.budget_warmup, self.final_temperature = soft_share, budget_warmup, final_temperature
         self.target = None
         self.start_macs = 1.0
+        self.meet: Callable[[PruningConfig], PruningConfig] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -88,10 +95,13 @@ class SoftToHard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         ours, target = pruned_model(model), self.target
-        passed = state.global_step / max(self.soft_share * state.max_steps, 1e-9)
-        if passed >= 1.0:
+        soft_steps = math.ceil(self.soft_share * state.max_steps)
+        if state.global_step >= soft_steps:
             objective = replace(target, phase="hard")
+            if state.global_step == soft_steps and self.meet is not None:
+                _learn(ours, self.meet(ours.base_model.learned_pruning()))
         else:
+            passed = state.global_step / (self.soft_share * state.max_steps)
             objective = replace(target, phase="soft")
             if target.temperature is not None and self.final_temperature is not None:
                 fall = self.final_temperature / target.temperature
@@ -102,3 +112,13 @@ class SoftToHard(TrainerCallback):
                 objective = replace(objective, target_macs=start - (start - target.target_macs) * warm)
         if objective != ours.config.pruning.objective:
             ours.set_pruning(replace(ours.config.pruning, objective=objective))
+
+
+def _learn(model: Prunable, pruning: PruningConfig) -> None:
+    """Puts a pruning's thresholds where the masks of the model learn them."""
+    layers = model.base_model.token_layers()
+    for layer, site in pruning.sites.items():
+        for module in layers[layer].modules():  # it may be inside another: adapters wrap what they save whole
+            if isinstance(module, ThresholdMask):
+                with torch.no_grad():
+                    module.log_threshold.fill_(math.log(site.value))

@@ -133,12 +133,13 @@ class TokenPruneTrainer(Trainer):
             check_reach(pruning, target, measure)
             unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
             self._phases.start_macs = min(1.0, measure(replace(unpruned, objective=None)))
+            self._phases.meet = lambda learned: thresholds_for_budget(replace(learned, objective=None), target, measure)
         if budgets:
             self._set_budgets(measure)
         result = super().train(*args, **kwargs)
         self.pruned.settle_pruning()
         if measure is not None and target is not None:
-            self.pruned.set_pruning(thresholds_for_budget(self.pruned.config.pruning, target, measure))
+            self.pruned.set_pruning(self._phases.meet(self.pruned.config.pruning))
         if budgets:
             self._set_budgets(measure)
         return result
