@@ -42,7 +42,7 @@ OBJECTIVES = MappingProxyType(
         "dynamicvit": Method(("keep_rate",), ("learned",), 2.0, 1.0),
         # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio, and
         # penalty x (ratio - target)^2, which damps the multipliers (Platt and Barr, NIPS 1987)
-        "budget": Method(("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "learned"), 10.0, 0.2),
+        "budget": Method(("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "learned"), 3.0, 0.2),
     }
 )
 
