@@ -33,7 +33,7 @@ class OperatingPoint:
 
     name: str
     macs: float
-    """Giga multiply-accumulates per document."""
+    """Giga multiply-accumulates per input."""
     accuracy: float
     """0..1."""
     low: float | None = None
@@ -97,7 +97,7 @@ def _new_figure(title: str) -> tuple[Figure, Axes]:
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = empty_figure(title)
-    axes.set_xlabel("giga multiply-accumulates per document", color=_INK)
+    axes.set_xlabel("giga multiply-accumulates per input", color=_INK)
     axes.set_ylabel("accuracy", color=_INK)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     return figure, axes
@@ -181,7 +181,8 @@ def _place_labels(figure: Figure, axes: Axes, points: Sequence[OperatingPoint]) 
     figure.set_layout_engine("none")
     marks = [box for point in points for box in _obstacles(figure, axes, point)]
     placed: list[_Place] = []
-    for point in sorted(points, key=lambda point: (point.macs, point.accuracy)):
+    # From the top down: of two that are close the upper one's name stands above.
+    for point in sorted(points, key=lambda point: (-point.accuracy, point.macs)):
         place = _best_place(figure, axes, point, marks, placed)
         _label(axes, point, place.offset)
         placed.append(place)
