@@ -38,14 +38,14 @@ def load_classification(
     return _encode_labels(splits)
 
 
+NAMED = {"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."}
+
+
 @dataclass(kw_only=True)
 class DataArguments:
-    """Which data, and what of it: the arguments that all command lines on labelled data share."""
+    """Which data, and what of it: what fine-tuning, profiling, planning and explaining ask alike."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."},
-    )
+    dataset_name: str | None = field(default=None, metadata=NAMED)
     dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
     image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})

@@ -8,7 +8,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Of processes that tests start, too.
-os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("TEST_TORCH_THREADS", "1"))
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_TORCH_THREADS", "1")
 
 import torch
 

@@ -31,7 +31,7 @@ class Method:
     on_hidden: bool = False
 
 
-_VOTES = ("cls_attention", "cls_value_norm", "received_attention", "received_from_others")
+_VOTES = ("cls_attention", "received_attention", "received_from_others")
 OBJECTIVES = MappingProxyType(
     {
         # sigmoid((score - threshold) / temperature), learned thresholds, penalty x mean mask (LTP, KDD 2022)
@@ -42,7 +42,9 @@ OBJECTIVES = MappingProxyType(
         "dynamicvit": Method(("keep_rate",), ("learned",), 2.0, 1.0),
         # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio, and
         # penalty x (ratio - target)^2, which damps the multipliers (Platt and Barr, NIPS 1987)
-        "budget": Method(("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "learned"), 3.0, 0.2),
+        "budget": Method(
+            ("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "cls_value_norm", "learned"), 3.0, 0.2
+        ),
     }
 )
 

