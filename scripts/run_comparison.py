@@ -38,6 +38,9 @@ class ComparisonArguments:
     output_dir: str = field(metadata={"help": "Where the runs, comparison.json and comparison.md go."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One of each run for each."})
     processes: int = field(default=1, metadata={"help": "Runs at a time; the processor's threads are shared out."})
+    held_out_samples: int | None = field(
+        default=None, metadata={"help": "To choose a recipe by: every run is tested as run_finetune.py's says."}
+    )
     timed_inputs: int = field(default=128, metadata={"help": "Test inputs of the timing; 0: no timing."})
     timed_rounds: int = field(default=9, metadata={"help": "Rounds of the timing."})
 
@@ -66,7 +69,10 @@ class Comparison:
         folder = self.folder_of(seed) / name
         if not (folder / "report.json").exists():
             given = folder / "arguments.yaml"
-            write_atomically(given, yaml.safe_dump(self.recipe.arguments(name, self.folder_of(seed), seed)).encode())
+            asked = self.recipe.arguments(name, self.folder_of(seed), seed)
+            if self.arguments.held_out_samples is not None:
+                asked["held_out_samples"] = self.arguments.held_out_samples
+            write_atomically(given, yaml.safe_dump(asked).encode())
             with open(folder / "log.txt", "ab") as log:
                 command = [sys.executable, str(FINETUNE), str(given)]
                 environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}

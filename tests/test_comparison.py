@@ -76,12 +76,14 @@ def test_the_command(tmp_path):
     data = {"dataset_name": str(tmp_path / "data.jsonl"), "model_name_or_path": str(tmp_path / "model")}
     write_recipe(tmp_path / "recipe", baseline=TRAINED | data, pruned=PRUNED | data)
     given = {"recipe": str(tmp_path / "recipe"), "output_dir": str(tmp_path / "out"), "seeds": [4], "processes": 2}
+    given["held_out_samples"] = 7
     (tmp_path / "given.yaml").write_text(yaml.safe_dump(given | {"timed_rounds": 3}))
     command = [sys.executable, str(SCRIPT), str(tmp_path / "given.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out" / "comparison.json").read_text())
     _, pruned, control = report["quality"]
+    assert pruned["inputs"] == 7
     assert pruned["mac_ratio_to_unpadded"] < 0.9 and control["mac_ratio_to_unpadded"] == 1.0
     *_, last = report["speed"]["rows"]
     assert last["mac_ratio_to_unpadded"] == pytest.approx(pruned["mac_ratio_to_unpadded"]) and last["realised"] > 0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser, ViTForImageClassification
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
-from hf_tokenprune.training.finetune import FinetuneArguments, finetune
+from hf_tokenprune.training.finetune import FinetuneArguments, finetune, load_splits
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_finetune.py"
@@ -119,6 +120,7 @@ MISTAKES = {
     "pruning": ({"pruning": "top_q"}, "unknown preset 'top_q'"),
     "budget": ({"pruning": json.dumps({**PRUNING, "objective": {"name": "budget", "target_macs": 0.01}})}, "at least"),
     "samples": ({"max_test_samples": 0}, "max_test_samples (0) must be >= 1"),
+    "held out": ({"held_out_samples": 96}, "held_out_samples (96) must be in [1, 95], of 96 to train on"),
 }
 
 
@@ -135,6 +137,17 @@ def test_another_run_in_the_same_folder_is_refused(room, straight, changes):
     ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=rf"holds a run with {name} .*, now {value} is asked for"):
         finetune(*parse(recipe(room, straight, **changes)))
+
+
+def test_held_out_inputs_are_of_the_training_split_and_not_trained_on(room):
+    given = FinetuneArguments(dataset_name=str(room / "data.jsonl"))
+    usual, chosen, fewer = (
+        load_splits(replace(given, **changes), seed=3)
+        for changes in ({}, {"held_out_samples": 20}, {"held_out_samples": 20, "max_train_samples": 30})
+    )
+    assert chosen["test"]["text"] == usual["train"]["text"][-20:]
+    assert chosen["train"]["text"] == usual["train"]["text"][:-20]
+    assert fewer["test"]["text"] == chosen["test"]["text"] and len(fewer["train"]) == 30
 
 
 def test_a_mistake_ends_the_command_with_one_sentence(room, straight):

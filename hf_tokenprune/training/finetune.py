@@ -59,6 +59,13 @@ class FinetuneArguments(DataArguments):
     dataset_name: str = field(default="20newsgroups-religion", metadata=NAMED)
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many inputs."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Test on so many inputs."})
+    held_out_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "To choose arguments by: test on so many inputs of the training split, which are not trained on, "
+            "and leave the test split alone."
+        },
+    )
     config_overrides: str | None = field(
         default=None,
         metadata={"help": "JSON of fields of the model's config to change: '{\"attention_probs_dropout_prob\": 0}'."},
@@ -73,11 +80,22 @@ def load_splits(arguments: FinetuneArguments, seed: int) -> datasets.DatasetDict
     splits = arguments.load()
     # Many sets come sorted by class. The test inputs are the same ones, in the same order, for all seeds.
     splits["train"], splits["test"] = splits["train"].shuffle(seed=seed), splits["test"].shuffle(seed=0)
+    if arguments.held_out_samples is not None:
+        splits = hold_out(splits["train"], arguments.held_out_samples)
     for name, limit in (("train", arguments.max_train_samples), ("test", arguments.max_test_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"max_{name}_samples ({limit}) must be >= 1")
         splits[name] = splits[name].select(range(min(limit or len(splits[name]), len(splits[name]))))
     return splits
+
+
+def hold_out(train: datasets.Dataset, inputs: int) -> datasets.DatasetDict:
+    """The last inputs take the place of the test split, so that with another number of training inputs, too, a seed's
+    runs do not train on them."""
+    if not 1 <= inputs < len(train):
+        raise ValueError(f"held_out_samples ({inputs}) must be in [1, {len(train) - 1}], of {len(train)} to train on")
+    first = len(train) - inputs
+    return datasets.DatasetDict(train=train.select(range(first)), test=train.select(range(first, len(train))))
 
 
 def load_classifier(kind: type, source: str | Path, labels: list[str], overrides: dict) -> PreTrainedModel:
