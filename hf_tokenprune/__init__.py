@@ -8,7 +8,7 @@ from .modeling.pruning_config import PruningConfig
 from .modeling.pruning_stage import PruningStage
 from .planning import Calibration, Plan, Search, calibrate, plan, search_schedule
 from .profiling.macs import count_macs
-from .training import TokenPruneTrainer, TokenPruneTrainingArguments
+from .training import TokenPruneTrainer, TokenPruneTrainingArguments, fit_token_prior
 
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "TokenPruneTrainingArguments",
     "calibrate",
     "count_macs",
+    "fit_token_prior",
     "load_dynamicvit_predictors",
     "plan",
     "prune",

@@ -198,6 +198,7 @@ class Seen:
     before: torch.Tensor
     after: torch.Tensor
     predictor: nn.Module | None
+    ids: list[int] | None = None
 
 
 def score(name: str, seen: Seen, prefix: int) -> torch.Tensor:
@@ -216,6 +217,8 @@ def score(name: str, seen: Seen, prefix: int) -> torch.Tensor:
         scores = torch.stack([k.norm(dim=1) for k in _by_head(seen.layer.key(seen.source), seen.layer.heads)]).mean(0)
     elif name == "residual_shift":
         scores = (seen.after - seen.before).norm(dim=1)
+    elif name == "token_prior":
+        scores = seen.predictor.worth[seen.ids]
     elif name == "learned":
         scores = torch.cat([seen.before.new_zeros(prefix), predicted(seen.predictor, seen.before[prefix:])])
     else:
@@ -365,7 +368,7 @@ def run_sample(
 ) -> NaiveOutput:
     """sample: the native model's inputs without the batch dimension; `attention_mask`: which places hold a token.
 
-    predictors: by layer, for the learned saliency.
+    predictors: by layer, for the learned saliency, and the table of a prior.
     """
     base = native.base_model
     embeddings, prefix = _embed(base, sample), prefix_of(base)
@@ -390,7 +393,8 @@ def run_sample(
     for index, layer in enumerate(_layers(base)):
         predictor = (predictors or {}).get(index)
         if index in sites and sites[index].place == "before":
-            rows = reduced(index, Seen(layer, None, None, rows.hidden, rows.hidden, predictor))
+            known = [ids[group[0]] for group in rows.groups]
+            rows = reduced(index, Seen(layer, None, None, rows.hidden, rows.hidden, predictor, known))
         source = layer.attention_input(rows.hidden)
         bias = source.new_tensor([log(size) for size in rows.sizes]) if proportional_attention else None
         weights = attention_weights(layer, source, bias)

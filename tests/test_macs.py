@@ -167,7 +167,7 @@ def test_lossless_is_credited_with_the_last_layer(case):
 
 @pytest.mark.parametrize("case, method", _pairs())
 def test_the_shares_sum_to_the_total(case, method):
-    model, inputs = prune(build(case), METHODS[method]), inputs_for(case)
+    model, inputs = pruned(build(case), METHODS[method]), inputs_for(case)
     macs = count_macs(model, inputs)
     assert type(macs.total) is int
     assert len(macs.per_layer) == LAYERS

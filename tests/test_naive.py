@@ -143,7 +143,8 @@ def _expect(
     pruning = model.config.pruning
     sites = sites_of(pruning, LAYERS)
     learned = [module for name, module in model.named_modules() if name.endswith("token_predictor")]
-    predictors = dict(zip([layer for layer, site in sites.items() if site.saliency == "learned"], learned))
+    asked = [layer for layer, site in sites.items() if site.saliency in ("learned", "token_prior")]
+    predictors = dict(zip(asked, learned))
     more = {"proportional_attention": pruning.proportional_attention, "predictors": predictors}
     samples = run_naive(native, inputs, sites, pruning.protected_token_ids, pruning.min_tokens, **more)
     assert min(sample.margin for sample in samples) > MARGIN, "choose another seed: a decision here is a near-tie"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_tokenprune import PruningConfig, prune
 from hf_tokenprune.modeling import modeling_tokenprune
-from hf_tokenprune.modeling.modeling_tokenprune import PRUNER_MODULES
+from hf_tokenprune.modeling.pruner_modules import PRUNER_MODULES
 from hf_tokenprune.modeling.pruning_objective import Objective
 from hf_tokenprune.modeling.soft_pruning import BudgetMultipliers, expected_ratio
 from hf_tokenprune.modeling.token_outputs import EncoderCall

@@ -106,7 +106,12 @@ REFUSED = {
         ["stay (9)", "cut (8)"],
     ),
     "p": (lambda: preset("top_p", p=1.5), ["p (1.5)", "(0, 1]"]),
-    "place of a score": (lambda: stage(place="before"), ["'before'", "'between'", "learned, random"]),
+    "place of a score": (lambda: stage(place="before"), ["'before'", "'between'", "learned, token_prior, random"]),
+    "prior of a later layer": (
+        lambda: stage(saliency="token_prior", place="before", layers=[1, 2]),
+        ["layers ([1, 2])", "must be [0]", "'token_prior'"],
+    ),
+    "prior threshold": (lambda: preset("adaptive", prior_threshold=-1), ["prior_threshold (-1)", ">= 0"]),
     "pairs by another rule": (
         lambda: stage(saliency="key_similarity", reduction="merge"),
         ["'key_similarity'", "'keep_rate'", "remove_count"],

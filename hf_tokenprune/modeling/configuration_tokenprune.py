@@ -31,6 +31,8 @@ class TokenPruneConfigMixin:
             value = PruningConfig.coerce(value, self.num_hidden_layers)
             if value is not None and not self.class_token:
                 value.check_class_token()
+            if value is not None and not self.token_ids:
+                value.check_token_ids()
             if value is not None and value.protected_token_ids and not self.token_ids:
                 raise ValueError(
                     f"protected_token_ids ({list(value.protected_token_ids)}) must be empty: {self.model_type} has no "

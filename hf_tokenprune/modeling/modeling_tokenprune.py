@@ -16,11 +16,12 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+from .pruner_modules import PrunerModules, predicts
 from .pruning_config import PruningConfig
 from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES
-from .saliency import TokenPredictor
-from .soft_pruning import BudgetMultipliers, SoftModule, mask_module, objective_loss
+from .saliency import TokenPrior
+from .soft_pruning import SoftModule, objective_loss
 from .token_layer import LayerPlan, LayerStates
 from .token_layout import shapes_only
 from .token_outputs import EncoderCall, LayerWork
@@ -28,11 +29,6 @@ from .token_state import TokenState, start_state
 
 
 logger = logging.get_logger(__name__)
-
-# What a pruning has parameters in, wherever in a model.
-PREDICTORS = ("token_predictor",)
-VALUES = ("token_mask", "token_budget")  # learned values of the sites, and what they are learned with
-PRUNER_MODULES = (*PREDICTORS, *VALUES)
 
 
 class Prunable:
@@ -67,7 +63,7 @@ class Prunable:
         self.set_pruning(replace(self.base_model.learned_pruning(), objective=None))
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, SoftModule):
+        if isinstance(module, SoftModule | TokenPrior):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -91,11 +87,11 @@ class Prunable:
         return [
             names[id(layer)]
             for index, layer in enumerate(self.base_model.token_layers())
-            if layer.predictor is not None and (index not in sites or sites[index].saliency != "learned")
+            if layer.predictor is not None and not (index in sites and predicts(layer.predictor, sites[index]))
         ]
 
 
-class TokenPruneModel(Prunable):
+class TokenPruneModel(PrunerModules, Prunable):
     """The way through the layers, for base models. Goes before the native base model class.
 
     The family's forward embeds the tokens between `begin` and `encode`.
@@ -116,68 +112,6 @@ class TokenPruneModel(Prunable):
     def token_layers(self) -> nn.ModuleList:
         """The layers that tokens go through."""
         return self.layers if "layers" in self._modules else self.encoder.layer
-
-    def post_init(self) -> None:
-        self.fit_pruner()
-        super().post_init()
-
-    def fit_pruner(self) -> None:
-        """Gives the layers what their sites need of parameters, and takes away what an objective needs no more."""
-        self._fit_token_predictors()
-        self._fit_token_masks()
-
-    def learned_pruning(self) -> PruningConfig | None:
-        """`config.pruning` with the values that the masks have learned so far."""
-        pruning, layers = self.config.pruning, self.token_layers()
-        if pruning is None:
-            return None
-        masks = (layers[site.layer]._modules.get("token_mask") for stage in pruning.stages for site in stage.sites())
-        learned = [
-            value if mask is None else float(mask.value) if isinstance(value, float) else mask.value
-            for value, mask in zip(pruning.values, masks)
-        ]
-        return pruning.with_learned(learned)
-
-    def _fit_token_masks(self) -> None:
-        pruning, layers = self.config.pruning, self.token_layers()
-        objective = None if pruning is None else pruning.objective
-        wanted = {} if objective is None else pruning.sites
-        for index, layer in enumerate(layers):
-            mask = mask_module(wanted[index], objective, self.longest_input) if index in wanted else None
-            self._hold(layer, "token_mask", mask)
-        self._hold(self, "token_budget", BudgetMultipliers() if objective and objective.name == "budget" else None)
-
-    def _hold(self, owner: nn.Module, name: str, wanted: nn.Module | None) -> None:
-        """Makes `owner.name` the wanted module, or leaves the one that is there, if it started as the same.
-
-        It may be inside another: adapters wrap what they save whole.
-        """
-        held = owner._modules.get(name)
-        if wanted is None:
-            owner._modules.pop(name, None)
-            return
-        own = [module for module in (() if held is None else held.modules()) if type(module) is type(wanted)]
-        if not own or vars(own[0]).get("initial") != vars(wanted).get("initial"):
-            like = next(parameter for parameter in owner.parameters())
-            setattr(owner, name, wanted.to(like.device))
-
-    @property
-    def longest_input(self) -> int:
-        """Tokens of the longest input that the model takes."""
-        return self.config.max_position_embeddings
-
-    def _fit_token_predictors(self) -> None:
-        """Gives a new token predictor to each layer whose site needs one and that has none yet."""
-        layers = self.token_layers()
-        for index, site in ({} if self.config.pruning is None else self.config.pruning.sites).items():
-            if site.saliency != "learned" or layers[index].predictor is not None:
-                continue
-            like = next(parameter for parameter in layers[index].parameters() if parameter.is_floating_point())
-            with torch.device(like.device):
-                predictor = TokenPredictor(self.config.hidden_size)
-            layers[index].token_predictor = predictor.to(like.dtype).train(layers[index].training)
-            for module in predictor.modules():
-                self._init_weights(module)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What a family does to the last layer's output."""
@@ -220,7 +154,7 @@ class TokenPruneModel(Prunable):
         """
         if batch < 1 or length < 1:
             raise ValueError(f"the input's shape ({[batch, length]}) must hold at least one sample of one token")
-        return start_state(
+        state = start_state(
             _token_mask(attention_mask, batch, length, device),
             batch,
             length,
@@ -230,6 +164,19 @@ class TokenPruneModel(Prunable):
             protected_tokens=self._protected_tokens(token_ids, device),
             track=call.whole_sequence,
         )
+        return self._with_token_ids(state, token_ids)
+
+    def _with_token_ids(self, state: TokenState, token_ids: torch.Tensor | None) -> TokenState:
+        """The state with the ids, where the first layer scores by them."""
+        pruning = self.config.pruning
+        site = None if pruning is None else pruning.sites.get(0)
+        if site is None or site.idle or not SALIENCIES[site.saliency].token_ids:
+            return state
+        if token_ids is None:
+            raise ValueError(
+                f"saliency ({site.saliency!r}) needs input_ids to look up; give those, or prune without it"
+            )
+        return state._replace(input=state.input._replace(token_ids=state.layout.enter(token_ids)))
 
     def _protected_tokens(self, token_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
         pruning = self.config.pruning

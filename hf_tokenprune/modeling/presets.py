@@ -190,16 +190,21 @@ def _adaptive(
     saliency: str = "cls_attention",
     relative_to: str = "mean",
     place: str = "between",
+    prior_threshold: float = 0.0,
 ) -> dict[str, Any]:
     """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more.
 
     `relative_to="median"`: the median one, which the few tokens that get most of the attention do not move.
     `saliency="learned"`, `place="before"`: a small predictor skims what goes into each layer (Transkimmer, ACL 2022).
+    `prior_threshold`: the same before the first layer, by what an id is worth on average (`fit_token_prior`).
     """
     layers = check_sequence("layers", layers)
     values = _each_site("threshold", threshold, layers, check_threshold)
     rule = _RELATIVE[check_choice("relative_to", relative_to, _RELATIVE)]
-    return {"stages": [PruningStage(layers, saliency, rule, values, place=place)]}
+    stages = [PruningStage(layers, saliency, rule, values, place=place)]
+    if check_threshold("prior_threshold", prior_threshold) > 0:
+        stages.insert(0, PruningStage([0], "token_prior", rule, [prior_threshold], place="before"))
+    return {"stages": stages}
 
 
 _RELATIVE = {"mean": "relative_threshold", "median": "median_threshold"}
@@ -211,10 +216,17 @@ def _adaptive_fuse(
     threshold: float | Sequence[float] = 0.05,
     saliency: str = "cls_attention",
     relative_to: str = "mean",
+    prior_threshold: float = 0.0,
 ) -> dict[str, Any]:
-    """`adaptive`, with the dropped tokens in one summary token, weighted by their saliency."""
-    (stage,) = _adaptive(layers=layers, threshold=threshold, saliency=saliency, relative_to=relative_to)["stages"]
-    return {"stages": [replace(stage, reduction="fuse_normalized")]}
+    """`adaptive`, with the tokens that its layers drop in one summary token, weighted by their saliency."""
+    *prior, stage = _adaptive(
+        layers=layers,
+        threshold=threshold,
+        saliency=saliency,
+        relative_to=relative_to,
+        prior_threshold=prior_threshold,
+    )["stages"]
+    return {"stages": [*prior, replace(stage, reduction="fuse_normalized")]}
 
 
 def _value_merge(*, layers: Sequence[int], keep_rate: float = 0.7) -> dict[str, Any]:

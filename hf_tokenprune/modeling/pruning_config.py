@@ -259,6 +259,11 @@ class PruningConfig:
         for stage in self.stages:
             stage.check_class_token()
 
+    def check_token_ids(self) -> None:
+        """Raises a ValueError if a stage scores by token ids, for models that have none."""
+        for stage in self.stages:
+            stage.check_token_ids()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {

@@ -92,12 +92,14 @@ class Saliency:
         class_token: the class token's attention: not for models without one.
         queries: the query of every token, and a full map.
         places: where in the layer it can be had.
+    token_ids: the ids of the input, before the first layer: not for models without ids.
         similarity: says how alike two tokens are, and with whom each would merge, not how much a token matters.
     """
 
     class_token: bool = False
     queries: bool = False
     places: tuple[str, ...] = ("between",)
+    token_ids: bool = False
     similarity: bool = False
 
 
@@ -111,6 +113,7 @@ SALIENCIES = MappingProxyType(
         "key_norm": Saliency(),  # mean_h ||k[h, j]||
         "residual_shift": Saliency(),  # ||F(x_j) - x_j||, F the layer's attention half; no map
         "learned": Saliency(places=PLACES),  # a predictor's probability that the token stays (DynamicViT)
+        "token_prior": Saliency(places=("before",), token_ids=True),  # what tokens of its id are worth on average
         "random": Saliency(places=PLACES),  # the control: by place and `seed` alone
         "key_similarity": Saliency(similarity=True),  # cosine of the mean key to the nearest of the other half (ToMe)
     }
@@ -254,6 +257,8 @@ class PruningStage:
                 f"place ({self.place!r}) must be {' or '.join(map(repr, saliency.places))} with saliency "
                 f"{self.saliency!r}; {self.place!r} goes with {_names(lambda s: self.place in s.places)}"
             )
+        if saliency.token_ids and self.layers != (0,):
+            raise ValueError(f"layers ({list(self.layers)}) must be [0] with saliency {self.saliency!r}, of the input")
         if saliency.similarity and (self.rule != "remove_count" or self.reduction not in MERGES):
             raise ValueError(
                 f"saliency {self.saliency!r} pairs tokens: rule ({self.rule!r}) must be 'remove_count' and reduction "
@@ -286,6 +291,14 @@ class PruningStage:
             )
             for index, (layer, value) in enumerate(zip(self.layers, self.values))
         ]
+
+    def check_token_ids(self) -> None:
+        """Raises a ValueError where the score is of token ids, for models that have none."""
+        if SALIENCIES[self.saliency].token_ids:
+            raise ValueError(
+                f"saliency ({self.saliency!r}) needs token ids, which this model does not have; "
+                f"{_names(lambda s: not s.token_ids)} would do"
+            )
 
     def check_class_token(self) -> None:
         """Raises a ValueError where the score is of a class token, for models that have none."""

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .selection import GRID, Scores, best_rows
 from .token_layout import Layout, PackedRows, gather_rows, parted, shapes_only
@@ -180,6 +181,32 @@ def learned_scores(predictor: TokenPredictor, hidden: torch.Tensor, state: Token
     shares, place = _scores(score, state.layout, hidden, alone=not shapes_only()).unbind(dim=-1)
     place = place.detach().masked_fill(~state.alive, torch.inf).masked_fill(state.held, -torch.inf)
     return Scores(shares, ranking=best_rows(-place, shares.shape[1]))
+
+
+class TokenPrior(nn.Module):
+    """What a token is worth before anything is known but its id: a table, filled by `fit_token_prior`.
+
+    As long as it is not, all are worth the same.
+
+    Args:
+        entries: ids that there are, V.
+    """
+
+    def __init__(self, entries: int):
+        super().__init__()
+        self.register_buffer("worth", torch.ones(entries))
+
+    def reset_parameters(self) -> None:
+        init.ones_(self.worth)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids [..] -> float32 [..]"""
+        return self.worth.float()[token_ids]
+
+
+def prior_scores(prior: TokenPrior, state: TokenState) -> torch.Tensor:
+    """The worth of each row's id as a share of its sample's: [B, K]. At the input alone."""
+    return _scores(lambda _, alive, worth: _shares(worth, alive), state.layout, prior(state.input.token_ids))
 
 
 def random_scores(state: TokenState, layer: int, seed: int) -> torch.Tensor:

@@ -141,7 +141,7 @@ _known_budget = lru_cache(maxsize=4096)(_budget)
 
 
 def _budgets(state: TokenState, site: Site, min_tokens: int) -> Kept:
-    layout, (length, prefix, initial, held, uniform) = state.layout, state.input
+    layout, (length, prefix, initial, held, uniform, _) = state.layout, state.input
     rule = prefix, site, min_tokens
     if uniform and layout.full:
         return Kept(_known_budget(initial[0], held and held[0], layout.rows, *rule))

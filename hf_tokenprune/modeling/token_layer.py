@@ -19,10 +19,12 @@ from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES, Site
 from .saliency import (
     TokenPredictor,
+    TokenPrior,
     first_token_scores,
     key_norm_scores,
     key_similarity,
     learned_scores,
+    prior_scores,
     random_scores,
     received_scores,
     shift_scores,
@@ -124,7 +126,7 @@ class TokenPruneLayer:
     eager_attention: Callable
 
     @property
-    def predictor(self) -> TokenPredictor | None:
+    def predictor(self) -> TokenPredictor | TokenPrior | None:
         """The module `token_predictor`, where there is one."""
         return self._modules.get("token_predictor")
 
@@ -255,6 +257,8 @@ class TokenPruneLayer:
             return Scores(random_scores(state, site.layer, site.seed))
         if self.predictor is None:
             raise ValueError(f"layer ({site.layer}) has no token predictor; set_pruning(...) makes it one")
+        if site.saliency == "token_prior":
+            return Scores(prior_scores(self.predictor, state))
         return learned_scores(self.predictor, hidden, state)
 
     def _scores(self, given: Projections, state: TokenState, plan: LayerPlan) -> Scores:

@@ -73,6 +73,7 @@ _SCORES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "key_norm": lambda n, config: n * config.attention_width,
     "residual_shift": lambda n, config: n * config.hidden_size,
     "learned": lambda n, config: n * _predictor_macs(config.hidden_size),
+    "token_prior": lambda n, config: 0 * n,
     "random": lambda n, config: 0 * n,
     "key_similarity": lambda n, config: _matching_macs(n, config.attention_width // config.num_attention_heads),
 }

@@ -24,6 +24,7 @@ class TokenInput(NamedTuple):
     initial: tokens of each sample at the input, prefix included; a tensor [B] under compile and export.
     protected: tokens of each sample that every method keeps, likewise; None: the prefix alone.
     uniform: known to be as many in every sample, both.
+    token_ids: laid out as the first layer's input, [..]; None: there are none, or nobody asks.
     """
 
     length: int
@@ -31,6 +32,7 @@ class TokenInput(NamedTuple):
     initial: Ints | torch.Tensor
     protected: Ints | torch.Tensor | None
     uniform: bool
+    token_ids: torch.Tensor | None = None
 
 
 class TokenState(NamedTuple):

@@ -37,6 +37,12 @@ class TokenPruneTrainingArguments(TrainingArguments):
     budget_samples: int = field(
         default=256, metadata={"help": "Training inputs on which, at the end, the learned thresholds meet the budget."}
     )
+    prior_samples: int = field(
+        default=1000,
+        metadata={
+            "help": "Training inputs that an unfilled table of saliency token_prior is filled from at the start."
+        },
+    )
     final_temperature: float | None = field(
         default=None, metadata={"help": "Of the masks at the end of the soft phase; as at its start if not given."}
     )
@@ -54,7 +60,8 @@ class TokenPruneTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name in ("keep_rate_warmup_start", "keep_rate_warmup_end", "soft_share", "budget_warmup"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
-        for name in ("distillation_weight", "token_distillation_weight", "sandwich_samples", "budget_samples"):
+        samples = ("sandwich_samples", "budget_samples", "prior_samples")
+        for name in ("distillation_weight", "token_distillation_weight", *samples):
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         rates = ("pruner_learning_rate", "predictor_learning_rate")
         for name in (*rates, "distillation_temperature", "final_temperature"):

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from ..convert import prune
-from ..modeling.modeling_tokenprune import PREDICTORS, VALUES, Prunable
+from ..modeling.modeling_tokenprune import Prunable
+from ..modeling.pruner_modules import PREDICTORS, VALUES
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
@@ -23,6 +24,7 @@ from .arguments import TokenPruneTrainingArguments
 from .budget import check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, kept_token_mse, kl_to_teacher
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
+from .token_prior import fit_token_prior, has_prior, prior_is_filled
 from .work_log import WorkLog
 
 
@@ -127,8 +129,10 @@ class TokenPruneTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         pruning, budgets = self.pruned.config.pruning, self.args.budgets
         target = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
+        self._fill_prior()
         wanted = self.args.budget_samples and (target is not None or budgets)
-        measure = self._ratios(self._some_inputs()) if wanted else None
+        inputs = self._some_inputs(self.args.budget_samples) if wanted else []
+        measure = self._ratios(inputs[self.args.process_index :: self.args.world_size]) if wanted else None
         if measure is not None and target is not None:
             check_reach(pruning, target, measure)
             unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
@@ -148,14 +152,18 @@ class TokenPruneTrainer(Trainer):
         longest = self.pruned.base_model.longest_input
         self.pruned.set_pruning(with_budgets(self.pruned.config.pruning, self.args.budgets, measure, longest))
 
-    def _some_inputs(self) -> list[dict[str, Any]]:
-        """The same training inputs at every start, this process's share of `budget_samples`."""
-        data, count, size = self.train_dataset, self.args.budget_samples, self.args.per_device_eval_batch_size
+    def _fill_prior(self) -> None:
+        """Every process fills the same table, from the same inputs."""
+        if self.args.prior_samples and has_prior(self.pruned) and not prior_is_filled(self.pruned):
+            fit_token_prior(self.pruned, map(self._prepare_inputs, self._some_inputs(self.args.prior_samples)))
+
+    def _some_inputs(self, count: int) -> list[dict[str, Any]]:
+        """The same training inputs at every start, in batches."""
+        data, size = self.train_dataset, self.args.per_device_eval_batch_size
         if hasattr(data, "__len__"):
             rows = [data[i] for i in random.Random(self.args.seed).sample(range(len(data)), min(count, len(data)))]
         else:
             rows = list(islice(data, count))
-        rows = rows[self.args.process_index :: self.args.world_size]
         batches = [rows[first : first + size] for first in range(0, len(rows), size)]
         collate = self._get_collator_with_removed_columns(self.data_collator, "budget")
         return [{k: v for k, v in collate(batch).items() if k not in self.label_names} for batch in batches]

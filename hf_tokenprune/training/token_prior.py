@@ -1,0 +1,102 @@
+"""`fit_token_prior`: what a token is worth by its id alone, from what later sites score when nothing is pruned."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..convert import prune
+from ..modeling.pruning_config import PruningConfig, default_layers
+from ..modeling.pruning_stage import SALIENCIES, PruningStage
+from ..modeling.saliency import TokenPrior
+from ..modeling.selection import relative_scores
+from ..modeling.token_outputs import EncoderCall
+from ..profiling.macs import evaluating
+
+
+TINY = 1e-9  # a threshold that all reach
+OUTLIER = 10.0  # times the median: more attention than that is a sink's, and says nothing of the token
+SEEN = 3  # an id that was met as often has half of its worth from itself
+
+
+def has_prior(model: PreTrainedModel) -> bool:
+    """Whether a model of ours has a table of worths."""
+    return isinstance(model.base_model.token_layers()[0].predictor, TokenPrior)
+
+
+def prior_is_filled(model: PreTrainedModel) -> bool:
+    """Whether the table says anything: one that was never filled is the same everywhere."""
+    worth = model.base_model.token_layers()[0].predictor.worth
+    return bool((worth != worth[0]).any())
+
+
+@torch.no_grad()
+def fit_token_prior(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, progress: Callable = iter
+) -> torch.Tensor:
+    """Fills the table of saliency `"token_prior"` from unlabelled inputs.
+
+    Nothing is pruned meanwhile. A token's worth is what the pruning's other sites score, relative to the median token
+    of its input, summed over the sites (over `cls_attention` at a quarter, half and three quarters of the depth, where
+    there are none that could tell); an id's worth is the mean over its tokens, drawn to that of rare ids if it was
+    met seldom.
+
+    Args:
+        model: ours, with a site of that saliency.
+        batches: several hundred inputs with `input_ids`, as the model will meet them.
+        progress: wraps the batches, for example `tqdm`.
+
+    Returns:
+        The table, float32 [V].
+
+    Raises:
+        ValueError: a model without such a site, or no inputs.
+    """
+    if model.config.pruning is None or not has_prior(model):
+        raise ValueError(f"pruning ({model.config.pruning!r}) must have a site with saliency 'token_prior'")
+    twin = prune(model, watching(model.config.pruning, model.config.num_hidden_layers))
+    entries, device = model.config.vocab_size, model.device
+    total, met = torch.zeros(entries, device=device), torch.zeros(entries, device=device)
+    with evaluating(twin):
+        for batch in progress(batches):
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            call = EncoderCall(scores=True, trace=True)
+            twin(**inputs, encoder_call=call)
+            worth, state = 0.0, call.start
+            for scores, decided in call.decided.values():
+                worth = worth + relative_scores(scores, decided, "median_threshold").clamp(max=OUTLIER)
+            taken = state.alive & ~state.held
+            ids = inputs["input_ids"].gather(1, state.positions)[taken]
+            total.index_add_(0, ids, worth[taken].float())
+            met.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+    if not met.any():
+        raise ValueError("batches (0) must hold at least one input")
+    worth = _drawn_to_rare(total, met)
+    model.base_model.set_token_prior(worth)
+    return worth
+
+
+def watching(pruning: PruningConfig, num_layers: int) -> PruningConfig:
+    """The sites that can tell what a token is worth, and nothing removed there."""
+    stages = [
+        replace(stage, rule="median_threshold", values=[TINY] * len(stage.layers), reduction="drop", cut=None)
+        for stage in pruning.stages
+        if stage.saliency not in ("token_prior", "random", "learned") and not SALIENCIES[stage.saliency].similarity
+    ]
+    if not stages:
+        layers = default_layers(num_layers)
+        stages = [PruningStage(layers, "cls_attention", "median_threshold", [TINY] * len(layers))]
+    return PruningConfig(stages=stages, protected_token_ids=pruning.protected_token_ids, execution=pruning.execution)
+
+
+def _drawn_to_rare(total: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
+    """Mean worth of each id, as if it had been met `SEEN` times more with the mean worth of rare ones.
+
+    total: worth of all tokens of an id, [V]. met: how many there were, [V].
+    """
+    rare = (met > 0) & (met <= SEEN)
+    rare = rare if bool(rare.any()) else met > 0
+    usual = total[rare].sum() / met[rare].sum()
+    return (total + SEEN * usual) / (met + SEEN)
