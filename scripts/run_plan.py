@@ -9,7 +9,8 @@ plan: `top_k` whose cost follows from lengths, or from this device's clock (--ta
 With `--held_back N` the pruning that was found is tested on N labelled inputs of the other split, beside `top_k` at the
 usual three sites that costs as much on the inputs that were planned for.
 
-calibrate: thresholds by which each input gets its own. search: the best of many schedules on labelled inputs; it goes
+calibrate: thresholds by which each input gets its own; with `--prior_share`, the model is saved, too, in `model`, for
+its table of what ids are worth. search: the best of many schedules on labelled inputs; it goes
 on where it was when started again, and draws front.png. All write pruning.json and plan.json into `output_dir`.
 """
 
@@ -29,7 +30,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_tokenprune import PruningConfig, calibrate, plan, prune, search_schedule
+from hf_tokenprune import Calibration, PruningConfig, calibrate, plan, prune, search_schedule
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.planning.held_back import compare_held_back
@@ -55,6 +56,10 @@ class PlanArguments(ProfileArguments):
     target_latency: float | None = field(default=None, metadata={"help": "Seconds of a batch, here; how plan."})
     layers: list[int] | None = field(default=None, metadata={"help": "The sites; how plan and calibrate."})
     saliency: str = field(default="cls_attention", metadata={"help": "The score; how calibrate."})
+    prior_share: float = field(
+        default=0.0,
+        metadata={"help": "Of the tokens, those that go before the first layer by their id alone; how calibrate."},
+    )
     held_back: int = field(
         default=0, metadata={"help": "Test on so many labelled inputs of the split that was not planned on; 0: not."}
     )
@@ -123,6 +128,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def keep(subject: Subject, found: Calibration, folder: Path) -> Path:
+    """Saves the model with the table that its pruning looks ids up in; what comes later starts from it."""
+    model = prune(subject.models["baseline"], found.pruning)
+    model.base_model.set_token_prior(found.prior)
+    model.save_pretrained(folder)
+    subject.collate.tokenizer.save_pretrained(folder)
+    subject.models["baseline"] = model
+    return folder
+
+
 def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str]:
     """What was found, with `pruning`, and a sentence."""
     model, batches = subject.models["baseline"], subject.batches(arguments.batch_size)
@@ -136,9 +151,13 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
         return found | {"measured": measured}, f"{planned.verdict} Measured: {measured['speedup']:.2f}x."
     common = {"target_macs": arguments.target_macs, "progress": tqdm, **protected(subject)}
     if arguments.how == "calibrate":
-        found = calibrate(model, batches, layers=arguments.layers, saliency=arguments.saliency, **common)
+        given = {name: getattr(arguments, name) for name in ("layers", "saliency", "prior_share")}
+        found = calibrate(model, batches, **given, **common)
         words = f"{found.inputs} inputs cost {found.macs:.3f} of the MACs, each {found.least:.3f} to {found.most:.3f}."
-        return vars(found) | {"pruning": found.pruning.to_dict()}, words
+        report = {name: value for name, value in vars(found).items() if name != "prior"}
+        if found.prior is not None:
+            words += f" The model with its table is {keep(subject, found, Path(arguments.output_dir) / 'model')}."
+        return report | {"pruning": found.pruning.to_dict()}, words
     given = labelled(subject, arguments.batch_size)
     search = search_schedule(model, given, resume_from=Path(arguments.output_dir) / "points.json", **common)
     pareto_front(search, Path(arguments.output_dir) / "front.png", title=Path(arguments.model_name_or_path).name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from transformers import AutoModelForSequenceClassification
 
 from hf_tokenprune import PruningConfig
 from hf_tokenprune.command_line import written_pruning
@@ -43,6 +44,16 @@ def test_a_target_becomes_a_pruning(run, tmp_path, how):
     pruning = PruningConfig.from_dict(written_pruning(str(tmp_path / "pruning.json"), None))
     assert pruning.to_dict() == report["pruning"] and pruning.protected_token_ids == (3,)
     assert (tmp_path / "front.png").exists() == (how == "search")
+
+
+def test_a_table_goes_with_its_model(run, tmp_path):
+    given = ("--target_macs", "0.6", "--max_inputs", "12", "--held_back", "20", "--prior_share", "0.2")
+    said = run("--how", "calibrate", "--layers", "1", "2", *given)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert f"is {tmp_path / 'model'}." in said and model.config.pruning.to_dict() == report["pruning"]
+    assert not model.base_model.token_layers()[0].predictor.empty
+    assert [row["pruning"] for row in report["held_back"]][1:] == ["calibrate", "nothing"]
 
 
 def test_a_speedup_is_measured_again(run, tmp_path, monkeypatch):

@@ -144,6 +144,24 @@ def test_a_threshold_that_costs_so_much_on_average(target, saliency):
     assert found == calibrate(native, batches, target_macs=target, saliency=saliency, protected_token_ids=[3])
 
 
+def test_a_share_goes_by_the_prior_alone():
+    native, inputs = build(TEXT), text_inputs([30, 25, 19, 12], seed=5)
+    found = calibrate(native, [inputs], target_macs=0.5, prior_share=0.25, layers=[1, 2], protected_token_ids=[3])
+    prior, rest = found.pruning.stages
+    assert (prior.layers, prior.saliency, prior.place) == ((0,), "token_prior", "before") and rest.layers == (1, 2)
+    assert found.macs == pytest.approx(0.5, abs=0.03)
+    model = prune(native, found.pruning)
+    model.base_model.set_token_prior(found.prior)
+    assert count_macs(model, inputs).ratio == pytest.approx(found.macs)
+    with torch.no_grad():
+        trace = model(**inputs, output_token_trace=True).token_trace
+    free = (inputs["attention_mask"].bool() & (inputs["input_ids"] != 3))[:, 1:].sum().item()
+    gone = ((trace.source[0] < 0) & inputs["attention_mask"].bool()).sum().item()
+    assert gone / free == pytest.approx(0.25, abs=0.05)
+    with pytest.raises(ValueError, match=r"prior_share \(1\) must be in \[0, 1\)"):
+        calibrate(native, [inputs], target_macs=0.5, prior_share=1)
+
+
 def test_a_calibration_out_of_reach():
     found = calibrate(build(TEXT), [_long(TEXT)], target_macs=0.05)
     assert not found.met and found.macs > 0.05

@@ -176,6 +176,11 @@ class TokenPruneModel(PrunerModules, Prunable):
             raise ValueError(
                 f"saliency ({site.saliency!r}) needs input_ids to look up; give those, or prune without it"
             )
+        if not shapes_only() and self.token_layers()[0].predictor.empty:
+            raise ValueError(
+                f"saliency ({site.saliency!r}) has an empty table: fit_token_prior(model, batches) fills it, and "
+                "TokenPruneTrainer does so before it trains"
+            )
         return state._replace(input=state.input._replace(token_ids=state.layout.enter(token_ids)))
 
     def _protected_tokens(self, token_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -184,9 +184,7 @@ def learned_scores(predictor: TokenPredictor, hidden: torch.Tensor, state: Token
 
 
 class TokenPrior(nn.Module):
-    """What a token is worth before anything is known but its id: a table, filled by `fit_token_prior`.
-
-    As long as it is not, all are worth the same.
+    """What a token is worth before anything is known but its id: a table, filled by `fit_token_prior`. Empty: NaN.
 
     Args:
         entries: ids that there are, V.
@@ -194,10 +192,14 @@ class TokenPrior(nn.Module):
 
     def __init__(self, entries: int):
         super().__init__()
-        self.register_buffer("worth", torch.ones(entries))
+        self.register_buffer("worth", torch.full((entries,), torch.nan))
 
     def reset_parameters(self) -> None:
-        init.ones_(self.worth)
+        init.constant_(self.worth, torch.nan)
+
+    @property
+    def empty(self) -> bool:
+        return bool(self.worth[0].isnan())
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [..] -> float32 [..]"""

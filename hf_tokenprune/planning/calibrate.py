@@ -1,7 +1,8 @@
 """`calibrate`: the thresholds at which inputs cost a given share on average, and each of them its own."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +11,16 @@ from transformers import PreTrainedModel
 
 from ..convert import prune
 from ..modeling.pruning_config import PruningConfig, default_layers
+from ..modeling.pruning_stage import PruningStage
 from ..modeling.selection import relative_scores
 from ..modeling.token_outputs import EncoderCall
 from ..profiling.macs import count_call, evaluating
 from ..training.budget import HIGHEST, thresholds_for_budget
+from ..training.token_prior import TINY, fit_token_prior
 from .held_back import Batches
 
 
 SAMPLE = 64  # inputs from which the rate is found that the thresholds start from
-TINY = 1e-9  # a threshold that all reach
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Calibration:
         macs: the MAC ratio over all calibration inputs together.
         least, most: the MAC ratios of the cheapest and of the dearest input.
         inputs: how many there were.
+    prior: the table of worths [V] for `set_token_prior`, where there is a site for it.
     """
 
     pruning: PruningConfig
@@ -39,6 +42,7 @@ class Calibration:
     least: float
     most: float
     inputs: int
+    prior: torch.Tensor | None = field(default=None, compare=False)
 
 
 def calibrate(
@@ -49,6 +53,7 @@ def calibrate(
     layers: Sequence[int] | None = None,
     saliency: str = "cls_attention",
     relative_to: str = "median",
+    prior_share: float = 0.0,
     progress: Callable = iter,
     **common: Any,
 ) -> Calibration:
@@ -63,11 +68,12 @@ def calibrate(
         target_macs: multiply-accumulates of the pruned encoder / of the stock encoder on the same unpadded tokens.
         layers: the sites; a quarter, half and three quarters of the depth if not given.
         saliency, relative_to: as `adaptive` takes them.
+        prior_share: of all tokens, those that go before the first layer by what their id is worth on average.
         progress: wraps the iteration over the sites, each of which is a pass over the inputs, for example `tqdm`.
         common: `protected_token_ids`, `min_tokens`, `execution`.
 
     Raises:
-        ValueError: a target outside (0, 1], or no inputs.
+        ValueError: a target outside (0, 1], a share outside [0, 1), or no inputs.
     """
     if isinstance(target_macs, bool) or not isinstance(target_macs, int | float) or not 0 < target_macs <= 1:
         raise ValueError(f"target_macs ({target_macs!r}) must be in (0, 1]")
@@ -86,46 +92,72 @@ def calibrate(
             **common,
         )
 
-    nothing = _measured(model, adaptive([0.0] * len(layers)), batches, True)
+    stages, table = (), None
+    if check_prior_share(prior_share):
+        model, stages = _with_prior(model, adaptive([TINY] * len(layers)), batches, prior_share)
+        table = model.base_model.token_layers()[0].predictor.worth
+
+    def measured(pruning: PruningConfig, inputs: Batches, met: bool = True) -> Calibration:
+        return replace(_measured(model, behind(stages, pruning), inputs), met=met, prior=table)
+
+    nothing = measured(adaptive([0.0] * len(layers)), batches)
     if nothing.macs <= target_macs:
         return nothing
-    everything = _measured(model, adaptive([HIGHEST] * len(layers)), batches, False)
+    everything = measured(adaptive([HIGHEST] * len(layers)), batches, met=False)
     if everything.macs > target_macs:
         return everything
-    rate = _rate(model, batches, target_macs, layers, saliency, common)
+    some = _first(batches, SAMPLE)
+    top_k = partial(PruningConfig.preset, "top_k", layers=layers, saliency=saliency, **common)
+    rate = _rate(lambda rate: measured(top_k(keep_rate=rate), some).macs, target_macs)
     thresholds: list[float] = []
     for _ in progress(range(len(layers))):
-        scores = _scores(model, adaptive([*thresholds, TINY]), layers[len(thresholds)], batches)
+        tried = behind(stages, adaptive([*thresholds, TINY]))
+        scores = _scores(model, tried, layers[len(thresholds)], batches)
         thresholds.append(float(torch.quantile(scores, 1.0 - rate)) if len(scores) else TINY)
     start = adaptive([max(threshold, TINY) for threshold in thresholds])
-    pruning = thresholds_for_budget(start, target_macs, lambda tried: _measured(model, tried, batches, True).macs)
-    return _measured(model, pruning, batches, True)
+    pruning = thresholds_for_budget(start, target_macs, lambda tried: measured(tried, batches).macs)
+    return measured(pruning, batches)
 
 
-def _rate(
-    model: PreTrainedModel,
-    batches: Batches,
-    target: float,
-    layers: Sequence[int],
-    saliency: str,
-    common: Mapping[str, Any],
-) -> float:
-    """The keep rate at which `top_k` costs the target on some inputs, or the closest."""
+def check_prior_share(share: float) -> float:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+        raise ValueError(f"prior_share ({share!r}) must be in [0, 1)")
+    return share
+
+
+def behind(stages: Sequence[PruningStage], pruning: PruningConfig) -> PruningConfig:
+    """The pruning with further stages in front of its own."""
+    return replace(pruning, stages=(*stages, *pruning.stages))
+
+
+def _with_prior(
+    model: PreTrainedModel, watched: PruningConfig, batches: Batches, share: float
+) -> tuple[PreTrainedModel, tuple[PruningStage, ...]]:
+    """A twin whose table is filled with what `watched` scores, and the stage that takes a share of the tokens by it."""
+    stage = PruningStage([0], "token_prior", watched.stages[0].rule, [TINY], place="before")
+    twin = prune(model, behind([stage], watched))
+    fit_token_prior(twin, batches)
+    threshold = float(torch.quantile(_scores(twin, twin.config.pruning, 0, batches), share))
+    return twin, (replace(stage, values=[threshold]),)
+
+
+def _first(batches: Batches, inputs: int) -> Batches:
+    """As many batches as hold so many inputs, or all."""
     some, count = [], 0
     for batch in batches:
         some.append(batch)
         count += len(next(iter(batch.values())))
-        if count >= SAMPLE:
+        if count >= inputs:
             break
+    return some
 
-    def excess(rate: float) -> float:
-        pruning = PruningConfig.preset("top_k", layers=layers, keep_rate=rate, saliency=saliency, **common)
-        return _measured(model, pruning, some, True).macs - target
 
+def _rate(ratio_at: Callable[[float], float], target: float) -> float:
+    """The keep rate at which `top_k` costs the target, or the closest."""
     low, high = 0.001, 1.0
-    if excess(low) >= 0 or excess(high) <= 0:
-        return low if excess(low) >= 0 else high
-    return float(brentq(excess, low, high, xtol=0.005))
+    if ratio_at(low) >= target or ratio_at(high) <= target:
+        return low if ratio_at(low) >= target else high
+    return float(brentq(lambda rate: ratio_at(rate) - target, low, high, xtol=0.005))
 
 
 @torch.no_grad()
@@ -143,7 +175,7 @@ def _scores(model: PreTrainedModel, pruning: PruningConfig, layer: int, batches:
 
 
 @torch.no_grad()
-def _measured(model: PreTrainedModel, pruning: PruningConfig, batches: Batches, met: bool) -> Calibration:
+def _measured(model: PreTrainedModel, pruning: PruningConfig, batches: Batches) -> Calibration:
     """A pruning with what it costs."""
     twin, costs, whole = prune(model, pruning), [], []
     with evaluating(twin):
@@ -154,4 +186,4 @@ def _measured(model: PreTrainedModel, pruning: PruningConfig, batches: Batches, 
             costs += count.per_sample
             whole += count.unpruned_per_sample
     ratios = [cost / full for cost, full in zip(costs, whole)]
-    return Calibration(pruning, met, sum(costs) / sum(whole), min(ratios), max(ratios), len(ratios))
+    return Calibration(pruning, True, sum(costs) / sum(whole), min(ratios), max(ratios), len(ratios))

@@ -26,10 +26,9 @@ def has_prior(model: PreTrainedModel) -> bool:
     return isinstance(model.base_model.token_layers()[0].predictor, TokenPrior)
 
 
-def prior_is_filled(model: PreTrainedModel) -> bool:
-    """Whether the table says anything: one that was never filled is the same everywhere."""
-    worth = model.base_model.token_layers()[0].predictor.worth
-    return bool((worth != worth[0]).any())
+def prior_is_empty(model: PreTrainedModel) -> bool:
+    """Whether a model of ours has a table of worths that nobody has filled yet."""
+    return has_prior(model) and model.base_model.token_layers()[0].predictor.empty
 
 
 @torch.no_grad()

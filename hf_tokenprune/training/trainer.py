@@ -24,7 +24,7 @@ from .arguments import TokenPruneTrainingArguments
 from .budget import check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, kept_token_mse, kl_to_teacher
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
-from .token_prior import fit_token_prior, has_prior, prior_is_filled
+from .token_prior import fit_token_prior, prior_is_empty
 from .work_log import WorkLog
 
 
@@ -154,7 +154,7 @@ class TokenPruneTrainer(Trainer):
 
     def _fill_prior(self) -> None:
         """Every process fills the same table, from the same inputs."""
-        if self.args.prior_samples and has_prior(self.pruned) and not prior_is_filled(self.pruned):
+        if self.args.prior_samples and prior_is_empty(self.pruned):
             fit_token_prior(self.pruned, map(self._prepare_inputs, self._some_inputs(self.args.prior_samples)))
 
     def _some_inputs(self, count: int) -> list[dict[str, Any]]:
