@@ -16,7 +16,18 @@ OF_EACH_KIND = (
     "ViTForImageClassification",
     "Dinov2WithRegistersForImageClassification",
 )
-OTHERS = ("evit", "tome", "diffrate", "dynamicvit", "power_bert", "ltp", "adaptive_fuse", "value_merge", "top_p")
+OTHERS = (
+    "adaptive_prior",
+    "evit",
+    "tome",
+    "diffrate",
+    "dynamicvit",
+    "power_bert",
+    "ltp",
+    "adaptive_fuse",
+    "value_merge",
+    "top_p",
+)
 LENGTHS = ([17, 5, 30], [20], [9, 13, 7, 30, 2], [40, 3], [12, 12])
 
 
@@ -68,7 +79,7 @@ def test_compiles_with_the_default_backend():
 @pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.20"), reason="the exporters' interface changed"
 )
-@pytest.mark.parametrize("case, method", _pairs(elsewhere=("evit", "tome", "dynamicvit")), ids=str)
+@pytest.mark.parametrize("case, method", _pairs(elsewhere=("adaptive_prior", "evit", "tome", "dynamicvit")), ids=str)
 def test_onnx_runtime_agrees_at_other_shapes(case, method, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
