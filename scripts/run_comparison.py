@@ -79,7 +79,13 @@ class Comparison:
                 done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
             if done.returncode:
                 raise RuntimeError(f"{name} of seed {seed} ended with {done.returncode}: see {folder / 'log.txt'}")
-        return json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "report.json").read_text())
+        tested, asked = report["arguments"].get("held_out_samples"), self.arguments.held_out_samples
+        if tested != asked:
+            raise ValueError(
+                f"held_out_samples ({asked}) must be {tested}, as {folder} was tested with: take another output_dir"
+            )
+        return report
 
     def run(self) -> dict[str, Any]:
         seeds, names = self.arguments.seeds, ["baseline", *self.recipe.others]
@@ -98,6 +104,7 @@ class Comparison:
         return {
             "recipe": {"baseline": self.recipe.baseline, **self.recipe.others},
             "seeds": seeds,
+            "held_out_samples": self.arguments.held_out_samples,
             "machine": done[names[0], seeds[0]]["machine"],
             "quality": summarise(reports),
             "prunings": [report["pruning"] for report in reports["pruned"]],

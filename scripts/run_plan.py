@@ -4,6 +4,7 @@
     python scripts/run_plan.py --how calibrate --split train --max_inputs 256 ... --target_macs 0.5
     python scripts/run_plan.py --how search --max_inputs 256 ... --target_macs 0.4
     python scripts/run_profile.py --pruning outputs/plan/pruning.json ...        # and what that does to other inputs
+    python scripts/run_profile.py --model_name_or_path outputs/plan/model ...    # likewise, with --prior_share
 
 plan: `top_k` whose cost follows from lengths, or from this device's clock (--target_speedup, --target_latency).
 With `--held_back N` the pruning that was found is tested on N labelled inputs of the other split, beside `top_k` at the
@@ -133,7 +134,8 @@ def keep(subject: Subject, found: Calibration, folder: Path) -> Path:
     model = prune(subject.models["baseline"], found.pruning)
     model.base_model.set_token_prior(found.prior)
     model.save_pretrained(folder)
-    subject.collate.tokenizer.save_pretrained(folder)
+    if tokenizer := getattr(subject.collate, "tokenizer", None):
+        tokenizer.save_pretrained(folder)
     subject.models["baseline"] = model
     return folder
 

@@ -192,7 +192,10 @@ class Quickstart:
 
     def resolve_pruning(self, baseline: PreTrainedModel) -> PruningConfig:
         """The pruning as asked for, with the separator protected; fails here if the model cannot be pruned so."""
-        return prune(baseline, written_pruning(self.arguments.pruning, self.tokenizer)).config.pruning
+        pruned = prune(baseline, written_pruning(self.arguments.pruning, self.tokenizer))
+        if pruned.base_model.looks_ids_up:
+            raise ValueError("saliency ('token_prior') needs a table, which run_finetune.py fills and this does not")
+        return pruned.config.pruning
 
     def _training_arguments(self, epochs: float, learning_rate: float) -> TrainingArguments:
         return TrainingArguments(

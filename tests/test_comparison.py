@@ -90,14 +90,12 @@ def test_the_command(tmp_path):
     assert done.stdout == (tmp_path / "out" / "comparison.md").read_text() and "| pruned | " in done.stdout
     report = tmp_path / "out" / "seed-4" / "pruned" / "report.json"
     before = report.stat().st_mtime_ns
-    again = subprocess.run(
-        [*command[:2], "--recipe", given["recipe"], "--output_dir", given["output_dir"], "--seeds", "4"]
-        + ["--timed_inputs", "0"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    asked = [*command[:2], "--recipe", given["recipe"], "--output_dir", given["output_dir"], "--seeds", "4"]
+    asked += ["--timed_inputs", "0"]
+    again = subprocess.run([*asked, "--held_out_samples", "7"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and report.stat().st_mtime_ns == before  # what is done is not done again
+    other = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert other.returncode == 1 and "ValueError: held_out_samples (None) must be 7" in other.stderr
 
 
 @pytest.mark.parametrize("folder", sorted((SCRIPT.parents[1] / "recipes").iterdir()), ids=lambda folder: folder.name)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_tokenprune import PruningConfig, prune
 from hf_tokenprune.modeling import modeling_tokenprune
-from hf_tokenprune.modeling.pruner_modules import PRUNER_MODULES
+from hf_tokenprune.modeling.pruner_modules import PREDICTORS, VALUES
 from hf_tokenprune.modeling.pruning_objective import Objective
 from hf_tokenprune.modeling.soft_pruning import BudgetMultipliers, expected_ratio
 from hf_tokenprune.modeling.token_outputs import EncoderCall
@@ -195,7 +195,7 @@ def test_loss_and_gradients_are_the_naive_ones(name, execution, monkeypatch):
             continue
         theirs = -theirs if "token_budget" in parameter_name else theirs  # ascent
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=parameter_name)
-        moved += any(part in PRUNER_MODULES for part in parameter_name.split(".")) and bool(theirs.any())
+        moved += any(part in (*PREDICTORS, *VALUES) for part in parameter_name.split(".")) and bool(theirs.any())
     # Two masks and two multipliers, but for these.
     assert moved == {"ltp": 2, "power_bert": 3, "dynamicvit": 20, "budget_learned": 24}.get(name, 4)
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from transformers import AutoModelForSequenceClassification
 
 from hf_tokenprune import PruningConfig
 from hf_tokenprune.command_line import written_pruning
+from hf_tokenprune.profiling.arguments import ProfileArguments
+from hf_tokenprune.profiling.subject import load_subject
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_plan.py"
@@ -52,8 +55,10 @@ def test_a_table_goes_with_its_model(run, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     report = json.loads((tmp_path / "plan.json").read_text())
     assert f"is {tmp_path / 'model'}." in said and model.config.pruning.to_dict() == report["pruning"]
-    assert not model.base_model.token_layers()[0].predictor.empty
+    assert not model.base_model.prior_tables()[0].empty
     assert [row["pruning"] for row in report["held_back"]][1:] == ["calibrate", "nothing"]
+    subject = load_subject(ProfileArguments(model_name_or_path=str(tmp_path / "model"), lengths=[32]), "cpu")
+    assert torch.equal(subject.models["pruned"].base_model.prior_tables()[0].worth, model.bert.prior_tables()[0].worth)
 
 
 def test_a_speedup_is_measured_again(run, tmp_path, monkeypatch):

@@ -4,14 +4,16 @@ import datasets
 import pytest
 import torch
 from methods import METHODS
+from safetensors.torch import load_file
 from tiny import BERT, VIT, Case, build, text_inputs
 from torch.testing import assert_close
-from transformers import BertForSequenceClassification, BertModel, ViTModel
+from transformers import BertForSequenceClassification, BertModel, PreTrainedModel, ViTModel
 
 from hf_tokenprune import (
     PruningConfig,
     TokenPruneTrainer,
     TokenPruneTrainingArguments,
+    calibrate,
     count_macs,
     fit_token_prior,
     prune,
@@ -20,6 +22,11 @@ from hf_tokenprune import (
 
 PRIOR = METHODS["adaptive_prior"]
 TEXT = Case(BertForSequenceClassification, BERT)
+
+
+def table_of(model: PreTrainedModel) -> torch.Tensor:
+    (table,) = model.base_model.prior_tables()
+    return table.worth
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -55,7 +62,7 @@ def test_an_id_is_worth_what_its_tokens_score_on_average(execution):
     model = prune(native, PruningConfig(stages=PRIOR.stages, execution=execution))
     table = fit_token_prior(model, batches())
     assert_close(table, naive(native), rtol=0, atol=1e-4)
-    assert_close(model.token_layers()[0].predictor.worth, table)
+    assert_close(table_of(model), table)
     assert table.unique().numel() > 20
     assert model.config.pruning == PruningConfig(stages=PRIOR.stages, execution=execution)
 
@@ -98,19 +105,84 @@ def test_the_trainer_fills_an_empty_table_and_leaves_a_full_one(tmp_path):
     expected = fit_token_prior(prune(build(TEXT), PRIOR), batches())
     trainer = TokenPruneTrainer(model, args, train_dataset=data, data_collator=collate)
     trainer.train()
-    filled = model.base_model.token_layers()[0].predictor.worth
+    filled = table_of(model)
     assert_close(filled, expected, rtol=0, atol=1e-4)
-    assert not any("token_predictor" in name for name, _ in model.named_parameters())  # nothing that is trained
+    assert not any("token_prior" in name for name, _ in model.named_parameters())  # nothing that is trained
     full = torch.arange(1.0, 1 + BERT.vocab_size)
     model.base_model.set_token_prior(full)
     TokenPruneTrainer(model, args, train_dataset=data, data_collator=collate).train()
-    assert torch.equal(model.base_model.token_layers()[0].predictor.worth, full)
+    assert torch.equal(table_of(model), full)
     trainer.save_model(tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model")
-    assert torch.equal(again.base_model.token_layers()[0].predictor.worth, full)
-    model.set_pruning("evit")
+    assert torch.equal(table_of(again), full)
+    model.set_pruning(None)
+    TokenPruneTrainer(model, args, train_dataset=data, data_collator=collate).train()  # and asks no table
     model.save_pretrained(tmp_path / "without")
-    assert "token_predictor" not in str(type(model).from_pretrained(tmp_path / "without").state_dict().keys())
+    saved = [load_file(tmp_path / name / "model.safetensors") for name in ("model", "without")]
+    assert [sum("token_prior" in name for name in weights) for weights in saved] == [1, 0]
+
+
+def test_tables_and_predictors_outlive_other_prunings():
+    learned = PruningConfig.preset("adaptive", layers=[0, 1], saliency="learned", place="before")
+    model = prune(build(TEXT), PRIOR)
+    fit_token_prior(model, batches())
+    table = table_of(model).clone()
+    model.set_pruning(learned)
+    weight = model.base_model.token_layers()[0].predictor.out_conv[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="must have a site with saliency 'token_prior'"):
+        fit_token_prior(model, batches())
+    model.set_pruning(PRIOR)
+    assert torch.equal(table_of(model), table)
+    model.set_pruning(learned)
+    assert torch.equal(model.base_model.token_layers()[0].predictor.out_conv[0].weight, weight)
+
+
+def test_calibration_leaves_the_models_own_table():
+    model = prune(build(TEXT), PRIOR)
+    model.base_model.set_token_prior(torch.arange(1.0, 1 + BERT.vocab_size))
+    found = calibrate(model, batches(), target_macs=0.6, prior_share=0.3, layers=[1, 2])
+    assert torch.equal(table_of(model), torch.arange(1.0, 1 + BERT.vocab_size))
+    assert not torch.equal(found.prior, table_of(model))
+
+
+@pytest.mark.parametrize("factor", [4, 8, 16, 64])
+def test_attention_so_sharp_that_most_get_none(factor):
+    """Tokens that fall away meanwhile are worth nothing at the sites that they do not reach."""
+    native = build(TEXT)
+    with torch.no_grad():
+        for layer in native.bert.encoder.layer:
+            layer.attention.self.query.weight.mul_(factor)
+            layer.attention.self.key.weight.mul_(factor)
+    table = fit_token_prior(prune(native, PRIOR), batches())
+    assert table.isfinite().all() and (table > 0).all()
+
+
+def test_a_table_grows_with_the_ids():
+    model = prune(build(TEXT), PRIOR)
+    worth = torch.arange(1.0, 1 + BERT.vocab_size)
+    model.base_model.set_token_prior(worth)
+    model.resize_token_embeddings(BERT.vocab_size + 3)
+    assert torch.equal(table_of(model)[:-3], worth) and table_of(model)[-3:].tolist() == [worth.mean().item()] * 3
+    model(input_ids=torch.tensor([[2, BERT.vocab_size + 1, 9]]))
+
+
+def test_a_table_that_an_adapter_saves_whole(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = prune(build(TEXT), PRIOR)
+    lora = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["token_prior"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(model, lora)
+    expected = fit_token_prior(model, batches())
+    inputs = text_inputs([30, 7, 19], seed=1)
+    with torch.no_grad():
+        outputs = adapted.eval()(**inputs, output_token_trace=True)
+    adapted.save_pretrained(tmp_path)
+    (name,) = [name for name in load_file(tmp_path / "adapter_model.safetensors") if "token_prior" in name]
+    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")[name], expected)
+    plain = prune(build(TEXT), PRIOR)
+    plain.base_model.set_token_prior(expected)
+    with torch.no_grad():
+        trace = plain.eval()(**inputs, output_token_trace=True).token_trace
+    assert torch.equal(outputs.token_trace.source[0], trace.source[0])
 
 
 REFUSED = {

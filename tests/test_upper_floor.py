@@ -95,10 +95,11 @@ def test_a_stranger_computes_the_same(tmp_path):
     "wish, words",
     [
         (["--pruning", '{"preset": "top_k", "keep_rate": 1.3}'], "keep_rate (1.3) must be in (0, 1]"),
+        (["--pruning", '{"preset": "adaptive", "layers": [1], "prior_threshold": 1}'], "needs a table, which"),
         (["--dataset_name", "reuters-r8", "--label_column", "topic"], "column 'topic' is not in reuters-r8"),
         (["--model_name_or_path", "/no/such/model"], "/no/such/model"),
     ],
-    ids=["pruning", "column", "model"],
+    ids=["pruning", "table", "column", "model"],
 )
 def test_quickstart_ends_with_one_sentence(wish, words, tmp_path, monkeypatch):
     script = str(SCRIPTS / "run_quickstart.py")

@@ -47,7 +47,12 @@ def measured_card(
         about: as `read_about` gives it. evidence: what `run_comparison.py` wrote.
         recipe: its folder's name. picture: its accuracy over MACs, as the card names the file.
         template: a Jinja file.
+
+    Raises:
+        ValueError: a comparison that arguments were chosen by.
     """
+    if evidence.get("held_out_samples") is not None:
+        raise ValueError(f"held_out_samples ({evidence['held_out_samples']}) must be null: a card is of the test split")
     rows = {row["run"]: row for row in evidence["quality"]}
     pruned = rows["pruned"]
     pruning = PruningConfig.from_dict(evidence["prunings"][0])

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .pruner_modules import PrunerModules, predicts
+from .pruner_modules import ASKED, PrunerModules
 from .pruning_config import PruningConfig
 from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES
@@ -72,22 +72,29 @@ class Prunable:
         """Saves under the current parameter names, which stock models load as well as the old ones.
 
         `Trainer` puts a checkpoint back with `load_state_dict`, which knows no old names: saved with those, resuming
-        and `load_best_model_at_end` would restore nothing. Token predictors that the pruning does not use stay behind.
+        and `load_best_model_at_end` would restore nothing. What the pruning does not ask stays behind.
         """
-        unused = tuple(f"{name}.token_predictor." for name in self._unused_predictors())
+        unused = tuple(f"{name}." for name in self._unused_modules())
         if unused:
             weights = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(unused)}
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
-    def _unused_predictors(self) -> list[str]:
-        """Names of the layers with a token predictor whose site does not ask it."""
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """A table of what ids are worth grows with them: new ones are worth the mean."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.base_model.fit_pruner()
+        return embeddings
+
+    def _unused_modules(self) -> list[str]:
+        """Names of the predictors and tables of layers whose site does not ask them."""
         sites = {} if self.config.pruning is None else self.config.pruning.sites
         names = {id(module): name for name, module in self.named_modules()}
         return [
-            names[id(layer)]
+            f"{names[id(layer)]}.{ASKED[saliency]}"
             for index, layer in enumerate(self.base_model.token_layers())
-            if layer.predictor is not None and not (index in sites and predicts(layer.predictor, sites[index]))
+            for saliency in ASKED
+            if ASKED[saliency] in layer._modules and (index not in sites or sites[index].saliency != saliency)
         ]
 
 
@@ -168,17 +175,14 @@ class TokenPruneModel(PrunerModules, Prunable):
 
     def _with_token_ids(self, state: TokenState, token_ids: torch.Tensor | None) -> TokenState:
         """The state with the ids, where the first layer scores by them."""
-        pruning = self.config.pruning
-        site = None if pruning is None else pruning.sites.get(0)
-        if site is None or site.idle or not SALIENCIES[site.saliency].token_ids:
+        if not self.looks_ids_up or self.config.pruning.sites[0].idle:
             return state
         if token_ids is None:
+            raise ValueError("saliency ('token_prior') needs input_ids to look up: give those, or prune without it")
+        (table, *_) = self.prior_tables()
+        if not shapes_only() and table.empty:
             raise ValueError(
-                f"saliency ({site.saliency!r}) needs input_ids to look up; give those, or prune without it"
-            )
-        if not shapes_only() and self.token_layers()[0].predictor.empty:
-            raise ValueError(
-                f"saliency ({site.saliency!r}) has an empty table: fit_token_prior(model, batches) fills it, and "
+                "saliency ('token_prior') has an empty table: fit_token_prior(model, batches) fills it, and "
                 "TokenPruneTrainer does so before it trains"
             )
         return state._replace(input=state.input._replace(token_ids=state.layout.enter(token_ids)))

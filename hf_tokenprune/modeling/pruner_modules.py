@@ -1,24 +1,23 @@
 """What a pruning has modules for: predictors and tables that scores are asked of, and values that are learned.
 
-They come and go with `config.pruning`, and live in the layers that ask them.
+They live in the layers that ask them. Masks go when no objective needs them; predictors and tables stay, for the next
+pruning that asks them, and only those that are asked are saved.
 """
 
 import torch
 from torch import nn
 
 from .pruning_config import PruningConfig
-from .pruning_stage import Site
+from .pruning_stage import SALIENCIES
 from .saliency import TokenPredictor, TokenPrior
 from .soft_pruning import BudgetMultipliers, mask_module
 
 
-# What a pruning has parameters in, wherever in a model.
+# Names of modules. ASKED: in a layer, by the saliency that asks. VALUES: learned values of the sites, and what they are
+# learned with.
+ASKED = {"learned": "token_predictor", "token_prior": "token_prior"}
 PREDICTORS = ("token_predictor",)
-VALUES = ("token_mask", "token_budget")  # learned values of the sites, and what they are learned with
-PRUNER_MODULES = (*PREDICTORS, *VALUES)
-
-# The module that a saliency asks at its layer, and the size in the model's config that it is made for.
-PREDICTED = {"learned": (TokenPredictor, "hidden_size"), "token_prior": (TokenPrior, "vocab_size")}
+VALUES = ("token_mask", "token_budget")
 
 
 class PrunerModules:
@@ -31,6 +30,7 @@ class PrunerModules:
     def fit_pruner(self) -> None:
         """Gives the layers what their sites need of parameters, and takes away what an objective needs no more."""
         self._fit_token_predictors()
+        self._fit_token_prior()
         self._fit_token_masks()
 
     def learned_pruning(self) -> PruningConfig | None:
@@ -74,18 +74,51 @@ class PrunerModules:
         return self.config.max_position_embeddings
 
     def _fit_token_predictors(self) -> None:
-        """Gives a new token predictor to each layer whose site needs one and that has none of its kind yet."""
+        """Gives a new token predictor to each layer whose site needs one and that has none yet."""
         layers = self.token_layers()
         for index, site in ({} if self.config.pruning is None else self.config.pruning.sites).items():
-            if site.saliency not in PREDICTED or predicts(layers[index].predictor, site):
+            if site.saliency != "learned" or layers[index].predictor is not None:
                 continue
             like = next(parameter for parameter in layers[index].parameters() if parameter.is_floating_point())
             with torch.device(like.device):
-                kind, size = PREDICTED[site.saliency]
-                predictor = kind(getattr(self.config, size))
+                predictor = TokenPredictor(self.config.hidden_size)
             layers[index].token_predictor = predictor.to(like.dtype).train(layers[index].training)
             for module in predictor.modules():
                 self._init_weights(module)
+
+    def _fit_token_prior(self) -> None:
+        """Gives the first layer an empty table if its site looks ids up, or one that has grown with the ids."""
+        if not self.looks_ids_up:
+            return
+        layer, entries = self.token_layers()[0], self.config.vocab_size
+        held = _tables_in(layer.prior)
+        if held and len(held[0].worth) == entries:
+            return
+        prior = TokenPrior(entries).to(next(layer.parameters()).device)
+        if held:
+            worth = held[0].worth
+            prior.worth.fill_(float(worth.mean()))
+            prior.worth[: len(worth)] = worth[:entries]
+        layer.token_prior = prior
+
+    @property
+    def looks_ids_up(self) -> bool:
+        """Whether the first layer's site scores by token ids."""
+        sites = {} if self.config.pruning is None else self.config.pruning.sites
+        return 0 in sites and SALIENCIES[sites[0].saliency].token_ids
+
+    def prior_tables(self) -> list[TokenPrior]:
+        """The tables of the site that looks ids up: one, or more where an adapter wraps it.
+
+        Raises:
+            ValueError: there is no such site, or it has none yet.
+        """
+        if not self.looks_ids_up:
+            raise ValueError(f"pruning ({self.config.pruning!r}) must have a site with saliency 'token_prior'")
+        tables = _tables_in(self.token_layers()[0].prior)
+        if not tables:
+            raise ValueError("layer (0) has no table; set_pruning(...) makes it one")
+        return tables
 
     def set_token_prior(self, worth: torch.Tensor) -> None:
         """Fills the table of a site with saliency `"token_prior"`.
@@ -96,19 +129,14 @@ class PrunerModules:
         Raises:
             ValueError: no such site, or not one number for each id.
         """
-        prior = self.token_layers()[0].predictor
-        if not isinstance(prior, TokenPrior):
-            raise ValueError(f"pruning ({self.config.pruning!r}) must have a site with saliency 'token_prior'")
-        if worth.shape != prior.worth.shape or not bool((worth > 0).all()):
-            raise ValueError(
-                f"worth ({list(worth.shape)}) must hold a positive number for each of {len(prior.worth)} ids"
-            )
-        prior.worth.copy_(worth)
+        tables = self.prior_tables()
+        entries = len(tables[0].worth)
+        if worth.shape != (entries,) or not bool((worth > 0).all() & worth.isfinite().all()):
+            raise ValueError(f"worth ({list(worth.shape)}) must hold a positive number for each of {entries} ids")
+        for table in tables:
+            table.worth.copy_(worth)
 
 
-def predicts(predictor: nn.Module | None, site: Site) -> bool:
-    """Whether the module, which an adapter may wrap, is what the site asks."""
-    if predictor is None or site.saliency not in PREDICTED:
-        return False
-    kind, _ = PREDICTED[site.saliency]
-    return any(isinstance(part, kind) for part in predictor.modules())
+def _tables_in(module: nn.Module | None) -> list[TokenPrior]:
+    """Adapters wrap what they save whole, and hold it more than once."""
+    return [] if module is None else [part for part in module.modules() if isinstance(part, TokenPrior)]

@@ -92,7 +92,7 @@ class Saliency:
         class_token: the class token's attention: not for models without one.
         queries: the query of every token, and a full map.
         places: where in the layer it can be had.
-    token_ids: the ids of the input, before the first layer: not for models without ids.
+        token_ids: the ids of the input, before the first layer: not for models without ids.
         similarity: says how alike two tokens are, and with whom each would merge, not how much a token matters.
     """
 

@@ -202,8 +202,8 @@ class TokenPrior(nn.Module):
         return bool(self.worth[0].isnan())
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids [..] -> float32 [..]"""
-        return self.worth.float()[token_ids]
+        """token_ids [..] -> [..], float32 or wider"""
+        return _wide(self.worth[token_ids])
 
 
 def prior_scores(prior: TokenPrior, state: TokenState) -> torch.Tensor:

@@ -126,9 +126,14 @@ class TokenPruneLayer:
     eager_attention: Callable
 
     @property
-    def predictor(self) -> TokenPredictor | TokenPrior | None:
+    def predictor(self) -> TokenPredictor | None:
         """The module `token_predictor`, where there is one."""
         return self._modules.get("token_predictor")
+
+    @property
+    def prior(self) -> TokenPrior | None:
+        """The module `token_prior`, where there is one."""
+        return self._modules.get("token_prior")
 
     @property
     def attention_module(self) -> nn.Module:
@@ -255,10 +260,10 @@ class TokenPruneLayer:
         """Scores that need no more than the layer's input."""
         if site.saliency == "random":
             return Scores(random_scores(state, site.layer, site.seed))
+        if site.saliency == "token_prior":
+            return Scores(prior_scores(self.prior, state))
         if self.predictor is None:
             raise ValueError(f"layer ({site.layer}) has no token predictor; set_pruning(...) makes it one")
-        if site.saliency == "token_prior":
-            return Scores(prior_scores(self.predictor, state))
         return learned_scores(self.predictor, hidden, state)
 
     def _scores(self, given: Projections, state: TokenState, plan: LayerPlan) -> Scores:

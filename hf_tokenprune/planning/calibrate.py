@@ -1,5 +1,6 @@
 """`calibrate`: the thresholds at which inputs cost a given share on average, and each of them its own."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,7 +34,7 @@ class Calibration:
         macs: the MAC ratio over all calibration inputs together.
         least, most: the MAC ratios of the cheapest and of the dearest input.
         inputs: how many there were.
-    prior: the table of worths [V] for `set_token_prior`, where there is a site for it.
+        prior: the table of worths [V] for `set_token_prior`, where there is a site for it.
     """
 
     pruning: PruningConfig
@@ -68,7 +69,8 @@ def calibrate(
         target_macs: multiply-accumulates of the pruned encoder / of the stock encoder on the same unpadded tokens.
         layers: the sites; a quarter, half and three quarters of the depth if not given.
         saliency, relative_to: as `adaptive` takes them.
-        prior_share: of all tokens, those that go before the first layer by what their id is worth on average.
+        prior_share: of the unprotected tokens, those that go before the first layer by what their id is worth on
+            average.
         progress: wraps the iteration over the sites, each of which is a pass over the inputs, for example `tqdm`.
         common: `protected_token_ids`, `min_tokens`, `execution`.
 
@@ -80,7 +82,9 @@ def calibrate(
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     if not batches:
         raise ValueError("batches (0) must hold at least one batch of inputs")
-    layers = default_layers(model.config.num_hidden_layers) if layers is None else list(layers)
+    if layers is None:  # the first layer's site may be the prior's
+        layers = [layer for layer in default_layers(model.config.num_hidden_layers) if layer or not prior_share]
+    layers = list(layers)
 
     def adaptive(thresholds: Sequence[float]) -> PruningConfig:
         return PruningConfig.preset(
@@ -95,7 +99,7 @@ def calibrate(
     stages, table = (), None
     if check_prior_share(prior_share):
         model, stages = _with_prior(model, adaptive([TINY] * len(layers)), batches, prior_share)
-        table = model.base_model.token_layers()[0].predictor.worth
+        table = model.base_model.prior_tables()[0].worth
 
     def measured(pruning: PruningConfig, inputs: Batches, met: bool = True) -> Calibration:
         return replace(_measured(model, behind(stages, pruning), inputs), met=met, prior=table)
@@ -136,6 +140,8 @@ def _with_prior(
     """A twin whose table is filled with what `watched` scores, and the stage that takes a share of the tokens by it."""
     stage = PruningStage([0], "token_prior", watched.stages[0].rule, [TINY], place="before")
     twin = prune(model, behind([stage], watched))
+    layer = twin.base_model.token_layers()[0]
+    layer.token_prior = copy.deepcopy(layer.token_prior)  # the model's own table, if it has one, stays as it is
     fit_token_prior(twin, batches)
     threshold = float(torch.quantile(_scores(twin, twin.config.pruning, 0, batches), share))
     return twin, (replace(stage, values=[threshold]),)

@@ -80,7 +80,8 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     tokenizer = None if images else _tokenizer(source)
     stock = stock_model(model).eval()
     own = getattr(model.config, "pruning", None) if arguments.pruning is None else None
-    pruned = prune(stock, own or written_pruning(arguments.pruning or DEFAULT_PRUNING, tokenizer)).eval()
+    # Of the model itself, whose predictors and tables the stock one does not have.
+    pruned = prune(model, own or written_pruning(arguments.pruning or DEFAULT_PRUNING, tokenizer)).eval()
     if not pruned.config.pruning.sites:
         raise ValueError("pruning (no sites) must have a layer at which tokens go: there is nothing to profile")
     models = {"baseline": stock, "unpadded": prune(stock, None).eval(), "pruned": pruned}

@@ -78,7 +78,7 @@ class FinetuneArguments(DataArguments):
 
 def load_splits(arguments: FinetuneArguments, seed: int) -> datasets.DatasetDict:
     splits = arguments.load()
-    # Many sets come sorted by class. The test inputs are the same ones, in the same order, for all seeds.
+    # Many sets come sorted by class. The test split's inputs are the same, in the same order, for all seeds.
     splits["train"], splits["test"] = splits["train"].shuffle(seed=seed), splits["test"].shuffle(seed=0)
     if arguments.held_out_samples is not None:
         splits = hold_out(splits["train"], arguments.held_out_samples)

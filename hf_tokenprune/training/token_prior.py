@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from ..convert import prune
 from ..modeling.pruning_config import PruningConfig, default_layers
 from ..modeling.pruning_stage import SALIENCIES, PruningStage
-from ..modeling.saliency import TokenPrior
 from ..modeling.selection import relative_scores
 from ..modeling.token_outputs import EncoderCall
+from ..modeling.token_state import TokenState
 from ..profiling.macs import evaluating
 
 
@@ -21,14 +21,10 @@ OUTLIER = 10.0  # times the median: more attention than that is a sink's, and sa
 SEEN = 3  # an id that was met as often has half of its worth from itself
 
 
-def has_prior(model: PreTrainedModel) -> bool:
-    """Whether a model of ours has a table of worths."""
-    return isinstance(model.base_model.token_layers()[0].predictor, TokenPrior)
-
-
 def prior_is_empty(model: PreTrainedModel) -> bool:
-    """Whether a model of ours has a table of worths that nobody has filled yet."""
-    return has_prior(model) and model.base_model.token_layers()[0].predictor.empty
+    """Whether a model of ours has a site that looks ids up, and a table for it that nobody has filled yet."""
+    base = model.base_model
+    return base.looks_ids_up and base.prior_tables()[0].empty
 
 
 @torch.no_grad()
@@ -37,10 +33,10 @@ def fit_token_prior(
 ) -> torch.Tensor:
     """Fills the table of saliency `"token_prior"` from unlabelled inputs.
 
-    Nothing is pruned meanwhile. A token's worth is what the pruning's other sites score, relative to the median token
-    of its input, summed over the sites (over `cls_attention` at a quarter, half and three quarters of the depth, where
-    there are none that could tell); an id's worth is the mean over its tokens, drawn to that of rare ids if it was
-    met seldom.
+    Nothing is pruned meanwhile, but what gets no attention at all. A token's worth is what the pruning's other sites
+    score, relative to the median token of its input, summed over the sites (over `cls_attention` at a quarter, half and
+    three quarters of the depth, where there are none that could tell); an id's worth is the mean over its tokens, drawn
+    to that of rare ids if it was met seldom.
 
     Args:
         model: ours, with a site of that saliency.
@@ -53,28 +49,29 @@ def fit_token_prior(
     Raises:
         ValueError: a model without such a site, or no inputs.
     """
-    if model.config.pruning is None or not has_prior(model):
-        raise ValueError(f"pruning ({model.config.pruning!r}) must have a site with saliency 'token_prior'")
+    model.base_model.prior_tables()
     twin = prune(model, watching(model.config.pruning, model.config.num_hidden_layers))
-    entries, device = model.config.vocab_size, model.device
-    total, met = torch.zeros(entries, device=device), torch.zeros(entries, device=device)
+    total, met = (torch.zeros(model.config.vocab_size, device=model.device) for _ in range(2))
     with evaluating(twin):
         for batch in progress(batches):
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             call = EncoderCall(scores=True, trace=True)
             twin(**inputs, encoder_call=call)
-            worth, state = 0.0, call.start
-            for scores, decided in call.decided.values():
-                worth = worth + relative_scores(scores, decided, "median_threshold").clamp(max=OUTLIER)
-            taken = state.alive & ~state.held
-            ids = inputs["input_ids"].gather(1, state.positions)[taken]
-            total.index_add_(0, ids, worth[taken].float())
-            met.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+            _add(met, inputs["input_ids"], call.start, torch.ones_like(call.start.positions, dtype=torch.float32))
+            for scores, state in call.decided.values():
+                worth = relative_scores(scores, state, "median_threshold").nan_to_num(0.0)
+                _add(total, inputs["input_ids"], state, worth.clamp(max=OUTLIER))
     if not met.any():
         raise ValueError("batches (0) must hold at least one input")
     worth = _drawn_to_rare(total, met)
     model.base_model.set_token_prior(worth)
     return worth
+
+
+def _add(table: torch.Tensor, token_ids: torch.Tensor, state: TokenState, values: torch.Tensor) -> None:
+    """Adds the values [B, K] of the rows that may go to the places of their ids. token_ids: [B, N]."""
+    free = state.alive & ~state.held
+    table.index_add_(0, token_ids.gather(1, state.positions)[free], values[free].float())
 
 
 def watching(pruning: PruningConfig, num_layers: int) -> PruningConfig:
