@@ -52,12 +52,13 @@ IDLE = {name: PruningConfig.preset(preset, **{**values, **idle}) for name, (pres
 assert {preset for preset, _, _ in _TABLE.values()} == set(PRESETS)
 
 
-def pruned(native: PreTrainedModel, pruning: PruningConfig | None) -> PreTrainedModel:
+def pruned(native: PreTrainedModel, pruning: PruningConfig | dict | None) -> PreTrainedModel:
     """`prune`, with token predictors and tables, if any, that are always the same and tell tokens clearly apart.
 
     Skips the test of a method that looks ids up with a model that has none.
     """
-    looked_up = pruning is not None and any(SALIENCIES[stage.saliency].token_ids for stage in pruning.stages)
+    stages = () if pruning is None else PruningConfig.coerce(pruning, LAYERS).stages
+    looked_up = any(SALIENCIES[stage.saliency].token_ids for stage in stages)
     if looked_up and not hasattr(native.config, "vocab_size"):
         pytest.skip("no token ids to look up")
     model = prune(native, pruning)
