@@ -142,7 +142,7 @@ def _expect(
 ) -> tuple[dict[int, NaiveSite], list[NaiveOutput]]:
     pruning = model.config.pruning
     sites = sites_of(pruning, LAYERS)
-    learned = [module for name, module in model.named_modules() if name.endswith("token_predictor")]
+    learned = [module for name, module in model.named_modules() if name.endswith(("token_predictor", "token_prior"))]
     asked = [layer for layer, site in sites.items() if site.saliency in ("learned", "token_prior")]
     predictors = dict(zip(asked, learned))
     more = {"proportional_attention": pruning.proportional_attention, "predictors": predictors}
