@@ -69,10 +69,10 @@ class Comparison:
         folder = self.folder_of(seed) / name
         if not (folder / "report.json").exists():
             given = folder / "arguments.yaml"
-            asked = self.recipe.arguments(name, self.folder_of(seed), seed)
+            arguments = self.recipe.arguments(name, self.folder_of(seed), seed)
             if self.arguments.held_out_samples is not None:
-                asked["held_out_samples"] = self.arguments.held_out_samples
-            write_atomically(given, yaml.safe_dump(asked).encode())
+                arguments["held_out_samples"] = self.arguments.held_out_samples
+            write_atomically(given, yaml.safe_dump(arguments).encode())
             with open(folder / "log.txt", "ab") as log:
                 command = [sys.executable, str(FINETUNE), str(given)]
                 environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}

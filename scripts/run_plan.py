@@ -108,11 +108,13 @@ def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:
     return [batch | {"labels": own} for batch, own in zip(subject.batches(size), labels)]
 
 
-def held_back(subject: Subject, found: dict[str, Any], arguments: PlanArguments) -> list[dict[str, Any]]:
-    """What was found, and `top_k` at the usual sites for the same cost, on inputs of the other split."""
+def held_back(
+    model: PreTrainedModel, subject: Subject, found: dict[str, Any], arguments: PlanArguments
+) -> list[dict[str, Any]]:
+    """What was found for the model, and `top_k` at the usual sites for the same cost, on inputs of the other split."""
     other = "train" if arguments.split == "test" else "test"
     unseen = load_subject(replace(arguments, split=other, max_inputs=arguments.held_back), subject.device)
-    model, some = subject.models["baseline"], subject.batch(list(range(min(PLANNED, len(subject.inputs)))))
+    some = subject.batch(list(range(min(PLANNED, len(subject.inputs)))))
     usual = plan(model, some, target_macs=arguments.target_macs, **protected(subject))
     pruning = None if found["pruning"] is None else PruningConfig.from_dict(found["pruning"])
     prunings = {"top_k at the usual sites": usual.pruning, arguments.how: pruning, "nothing": None}
@@ -129,28 +131,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def keep(subject: Subject, found: Calibration, folder: Path) -> Path:
-    """Saves the model with the table that its pruning looks ids up in; what comes later starts from it."""
+def keep(subject: Subject, found: Calibration, folder: Path) -> PreTrainedModel:
+    """Saves the model with the table that its pruning looks ids up in, and returns it."""
     model = prune(subject.models["baseline"], found.pruning)
     model.base_model.set_token_prior(found.prior)
     model.save_pretrained(folder)
     if tokenizer := getattr(subject.collate, "tokenizer", None):
         tokenizer.save_pretrained(folder)
-    subject.models["baseline"] = model
-    return folder
+    return model
 
 
-def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str]:
-    """What was found, with `pruning`, and a sentence."""
+def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str, PreTrainedModel]:
+    """What was found, with `pruning`; a sentence; and the model with what the pruning needs."""
     model, batches = subject.models["baseline"], subject.batches(arguments.batch_size)
     if arguments.how == "plan":
         targets = {name: getattr(arguments, name) for name in ("target_macs", "target_speedup", "target_latency")}
         planned = plan(model, batches[0], **targets, layers=arguments.layers, **protected(subject))
         found = asdict(planned) | {"pruning": planned.pruning and planned.pruning.to_dict()}
         if planned.pruning is None or planned.speedup is None:
-            return found, planned.verdict
+            return found, planned.verdict, model
         measured = measure(model, planned.pruning, batches[0], arguments)
-        return found | {"measured": measured}, f"{planned.verdict} Measured: {measured['speedup']:.2f}x."
+        return found | {"measured": measured}, f"{planned.verdict} Measured: {measured['speedup']:.2f}x.", model
     common = {"target_macs": arguments.target_macs, "progress": tqdm, **protected(subject)}
     if arguments.how == "calibrate":
         given = {name: getattr(arguments, name) for name in ("layers", "saliency", "prior_share")}
@@ -158,24 +159,25 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
         words = f"{found.inputs} inputs cost {found.macs:.3f} of the MACs, each {found.least:.3f} to {found.most:.3f}."
         report = {name: value for name, value in vars(found).items() if name != "prior"}
         if found.prior is not None:
-            words += f" The model with its table is {keep(subject, found, Path(arguments.output_dir) / 'model')}."
-        return report | {"pruning": found.pruning.to_dict()}, words
+            folder = Path(arguments.output_dir) / "model"
+            model, words = keep(subject, found, folder), f"{words} The model with its table is {folder}."
+        return report | {"pruning": found.pruning.to_dict()}, words, model
     given = labelled(subject, arguments.batch_size)
     search = search_schedule(model, given, resume_from=Path(arguments.output_dir) / "points.json", **common)
     pareto_front(search, Path(arguments.output_dir) / "front.png", title=Path(arguments.model_name_or_path).name)
     chosen = search.chosen
     words = f"The best of {len(search.points)} points: {chosen.score:.4f} at {chosen.macs:.3f} of the MACs."
     front = [asdict(point) for point in search.front]
-    return asdict(search) | {"pruning": chosen.pruning, "front": front}, words
+    return asdict(search) | {"pruning": chosen.pruning, "front": front}, words, model
 
 
 def main() -> None:
     try:
         (arguments,) = parse_arguments(PlanArguments)
         subject = load_subject(arguments, Accelerator(cpu=arguments.device == "cpu").device)
-        found, words = run(arguments, subject)
+        found, words, model = run(arguments, subject)
         if arguments.held_back:
-            found["held_back"] = held_back(subject, found, arguments)
+            found["held_back"] = held_back(model, subject, found, arguments)
             words += f" On inputs that it was not found on:\n{table(found['held_back'])}\n"
     except (ImportError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error

@@ -39,3 +39,10 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "card.yaml").write_text("title: a model\nlanguage: en\n")
     with pytest.raises(ValueError, match="must have base_model, license, pipeline_tag"):
         read_about(tmp_path)
+
+
+def test_figures_that_arguments_were_chosen_by_make_no_card():
+    _, about, evidence = card(RECIPES[0])
+    given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}
+    with pytest.raises(ValueError, match=r"held_out_samples \(500\) must be null"):
+        measured_card(about, evidence | {"held_out_samples": 500}, **given)

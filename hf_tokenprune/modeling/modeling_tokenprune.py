@@ -157,7 +157,8 @@ class TokenPruneModel(PrunerModules, Prunable):
         """The token state of an input [B, N].
 
         Raises:
-            ValueError: an empty input, a mask that is not [B, N], protected ids without ids to look for.
+            ValueError: an empty input, a mask that is not [B, N], protected ids without ids to look for, a table
+                that is empty or has no ids to look up.
         """
         if batch < 1 or length < 1:
             raise ValueError(f"the input's shape ({[batch, length]}) must hold at least one sample of one token")
