@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser, ViTForImageClassification
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
 from hf_tokenprune.training.finetune import FinetuneArguments, finetune, load_splits
+from hf_tokenprune.training.resuming import last_whole_checkpoint
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_finetune.py"
@@ -107,13 +109,35 @@ def test_killed_and_gone_on_with(room, straight, step, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert mark.exists()
+    goes_on_as(path, straight)
+
+
+def goes_on_as(path: Path, straight: Path) -> None:
+    """A stopped run ends with the weights and the thresholds of one that was not stopped."""
     finetune(*parse(path))
-    weights, expected = (load_file(f / "model" / "model.safetensors") for f in (tmp_path / "killed", straight))
+    killed = path.with_suffix("")
+    weights, expected = (load_file(f / "model" / "model.safetensors") for f in (killed, straight))
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
-    pruning = [json.loads((f / "report.json").read_text())["pruning"] for f in (tmp_path / "killed", straight)]
+    pruning = [json.loads((f / "report.json").read_text())["pruning"] for f in (killed, straight)]
     assert pruning[0]["stages"][0]["values"] == pytest.approx(pruning[1]["stages"][0]["values"], abs=1e-6)
+
+
+@pytest.mark.parametrize("torn", [[24], [8, 16, 24]], ids=str)
+def test_killed_while_a_checkpoint_was_written(room, straight, torn, tmp_path):
+    path = recipe(room, tmp_path / "killed")
+    shutil.copytree(straight, tmp_path / "killed", ignore=shutil.ignore_patterns("model", "report.json"))
+    (tmp_path / "killed" / "run.json").unlink()
+    for step in torn:
+        folder = tmp_path / "killed" / f"checkpoint-{step}"
+        state = folder / "trainer_state.json"
+        state.write_text(state.read_text()[: 10 * (step % 16)])  # broken off, or not begun
+        (folder / "optimizer.pt").unlink()
+    whole = [step for step in (8, 16, 24) if step not in torn]
+    last = last_whole_checkpoint(tmp_path / "killed")
+    assert last == (str(tmp_path / "killed" / f"checkpoint-{whole[-1]}") if whole else None)
+    goes_on_as(path, straight)
 
 
 MISTAKES = {

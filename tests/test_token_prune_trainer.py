@@ -279,6 +279,22 @@ def test_a_resumed_run_ends_with_the_same_weights(name, stop, tmp_path):
         torch.testing.assert_close(again.model.state_dict()[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
+def test_true_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    steps = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    arguments = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(ValueError, match=r"output_dir \(.*\) must hold a checkpoint that was written to its end"):
+        trainer_for(TOP_K, tmp_path, **arguments).train(resume_from_checkpoint=True)
+    trainer_for(TOP_K, tmp_path, **arguments).train()
+    (tmp_path / "checkpoint-8" / "trainer_state.json").write_text("")
+    trainer_for(TOP_K, tmp_path, callbacks=[Steps()], **arguments).train(resume_from_checkpoint=True)
+    assert steps == [6, 7]
+
+
 def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):
     rows = rows_of()
     rows[20]["labels"] = torch.tensor(7)

@@ -23,7 +23,6 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import packaged
 from ..command_line import model_source, written_pruning
@@ -35,6 +34,7 @@ from ..profiling.baselines import speed_table, time_against_baselines
 from ..profiling.machine import describe_machine
 from ..profiling.macs import count_macs
 from .arguments import TokenPruneTrainingArguments
+from .resuming import last_whole_checkpoint
 from .trainer import TokenPruneTrainer
 
 
@@ -172,7 +172,7 @@ def _decisive(training: TokenPruneTrainingArguments) -> dict[str, Any]:
 def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> dict:
     """Trains, tests, saves; the report."""
     folder = Path(training.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_whole_checkpoint(folder)
     check_same_run(folder / "run.json", asdict(arguments) | _decisive(training), last)
     trainer = make_trainer(arguments, training)
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)

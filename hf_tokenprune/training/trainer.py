@@ -23,6 +23,7 @@ from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
 from .budget import check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, kept_token_mse, kl_to_teacher
+from .resuming import last_whole_checkpoint
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
 from .token_prior import fit_token_prior, prior_is_empty
 from .work_log import WorkLog
@@ -40,6 +41,8 @@ class TokenPruneTrainer(Trainer):
         - Logs carry the MAC ratio and the alive tokens of each site.
         - Predictions are in the data's order, grouped by length or not: padding costs nothing here.
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
+        - A checkpoint's state is written when all processes have written their part, and `resume_from_checkpoint=True`
+          goes on from the last one that was written to its end, whenever the run was killed.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
 
     Args:
@@ -126,7 +129,12 @@ class TokenPruneTrainer(Trainer):
             optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            folder = self.args.output_dir
+            resume_from_checkpoint = last_whole_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"output_dir ({folder}) must hold a checkpoint that was written to its end")
         pruning, budgets = self.pruned.config.pruning, self.args.budgets
         target = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
         self._fill_prior()
@@ -140,13 +148,17 @@ class TokenPruneTrainer(Trainer):
             self._phases.meet = lambda learned: thresholds_for_budget(replace(learned, objective=None), target, measure)
         if budgets:
             self._set_budgets(measure)
-        result = super().train(*args, **kwargs)
+        result = super().train(resume_from_checkpoint, **kwargs)
         self.pruned.settle_pruning()
         if measure is not None and target is not None:
             self.pruned.set_pruning(self._phases.meet(self.pruned.config.pruning))
         if budgets:
             self._set_budgets(measure)
         return result
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _set_budgets(self, measure: Callable[[PruningConfig], float]) -> None:
         longest = self.pruned.base_model.longest_input
