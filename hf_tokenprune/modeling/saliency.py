@@ -1,6 +1,6 @@
 """Saliencies: pure functions from what a layer has at hand to one score per row.
 
-All are computed in float32 or wider, outside autocast, sample by sample: no score sees another sample or padding.
+All are computed in float32 or wider, outside autocast; no score sees another sample or padding.
 
 Shapes: B samples, K rows, H heads, d features of a head, A = H * d; b samples of n rows are scored at a time. `..` is
 how the rows of the call lie in memory.
@@ -38,21 +38,29 @@ def first_token_scores(
     Returns:
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
-    query = _wide(query) * scaling
-
-    def score(samples: slice, alive: torch.Tensor | None, key: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast.
-        logits = (_wide(key) * query[samples, None]).unflatten(-1, (heads, -1)).sum(dim=-1)  # [b, n, H]
+    alive = None if keys.full else keys.alive
+    with without_autocast(key):
+        logits = _first_token_logits(_wide(query) * scaling, key, keys, heads)  # [B, K, H]
         if bias is not None:
-            logits = logits + more[-1][..., None]
+            logits = logits + keys.spread(bias)[..., None]
         if alive is not None:
             logits = logits.masked_fill(~alive[:, :, None], -torch.inf)
         weights = logits.softmax(dim=1)
         if value is None:
             return weights.mean(dim=2)
-        return _shares((weights * _head_norms(more[0], heads)).sum(dim=2), alive)
+        return _shares((weights * keys.spread(_head_norms(value, heads))).sum(dim=2), alive)
 
-    return _scores(score, keys, key, *(x for x in (value, bias) if x is not None))
+
+def _first_token_logits(query: torch.Tensor, key: torch.Tensor, keys: Layout, heads: int) -> torch.Tensor:
+    """The scaled query [B, A] of each sample times its keys, head by head: [B, K, H], dead rows anything finite."""
+
+    def product(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast.
+        return (_wide(key) * query).unflatten(-1, (heads, -1)).sum(dim=-1)
+
+    if keys.full or key.is_cuda or not isinstance(keys, PackedRows):
+        return product(query[:, None], keys.spread(key))
+    return keys.spread(torch.cat([product(*sample) for sample in zip(query, key[0].split(keys.lengths))])[None])
 
 
 def received_scores(
@@ -99,16 +107,15 @@ def received_scores(
 
 def key_norm_scores(key: torch.Tensor, rows: Layout, heads: int) -> torch.Tensor:
     """The norm of each row's key, mean over heads, as a share of its sample's: [B, K]."""
-    return _scores(lambda _, alive, key: _shares(_head_norms(key, heads).sum(dim=2), alive), rows, key)
+    with without_autocast(key):
+        return _shares_of(_head_norms(key, heads).sum(dim=-1), rows)
 
 
 def shift_scores(before: torch.Tensor, after: torch.Tensor, rows: Layout) -> torch.Tensor:
     """How far each row moved, ||after - before||, as a share of its sample's: [B, K]. before, after: [.., D]."""
 
-    def score(_: slice, alive: torch.Tensor | None, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        return _shares(torch.linalg.vector_norm(_wide(after) - _wide(before), dim=-1), alive)
-
-    return _scores(score, rows, before, after)
+    with without_autocast(after):
+        return _shares_of(torch.linalg.vector_norm(_wide(after) - _wide(before), dim=-1), rows)
 
 
 class TokenPredictor(nn.Module):
@@ -208,7 +215,7 @@ class TokenPrior(nn.Module):
 
 def prior_scores(prior: TokenPrior, state: TokenState) -> torch.Tensor:
     """The worth of each row's id as a share of its sample's: [B, K]. At the input alone."""
-    return _scores(lambda _, alive, worth: _shares(worth, alive), state.layout, prior(state.input.token_ids))
+    return _shares_of(prior(state.input.token_ids), state.layout)
 
 
 def random_scores(state: TokenState, layer: int, seed: int) -> torch.Tensor:
@@ -300,8 +307,14 @@ def _shares(x: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
     return torch.where(total > 0, x, there) / torch.where(total > 0, total, there.sum(dim=1, keepdim=True))
 
 
+def _shares_of(x: torch.Tensor, rows: Layout) -> torch.Tensor:
+    """x [..] >= 0, laid out as `rows`, as shares of each sample's sum: [B, K]."""
+    return _shares(rows.spread(x), None if rows.full else rows.alive)
+
+
 def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor, alone: bool = False) -> torch.Tensor:
-    """Scores [B, K] of ragged rows: a run of equal lengths at a time on a CPU, padded for the score alone elsewhere.
+    """Scores [B, K] of ragged rows that see each other: a run of equal lengths at a time on a CPU, padded for the score
+    alone elsewhere.
 
     Args:
         alone: every sample without padding wherever it lies.
