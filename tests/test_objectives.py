@@ -43,6 +43,13 @@ PRUNINGS = {
         "place": "before",
         "objective": {"name": "budget", "target_macs": 0.5},
     },
+    "budget_prior": {
+        "preset": "adaptive",
+        "layers": [1],
+        "threshold": 0.8,
+        "prior_threshold": 0.9,
+        "objective": {"name": "budget", "target_macs": 0.5},
+    },
     "budget_ltp": {
         "preset": "ltp",
         "thresholds": [0.0, 0.03, 0.04, 0.0],
@@ -71,7 +78,12 @@ def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -
     for index, layer in enumerate(bert.encoder.layer):
         site = pruning.sites.get(index)
         site = None if site is None or site.idle or index == len(bert.encoder.layer) - 1 else site
-        if site is not None and site.place == "before":
+        if site is not None and site.saliency == "token_prior":
+            worth = layer.token_prior.worth[ids].to(x.dtype)
+            mask = _budget_mask(worth / worth.mean(), layer, objective)
+            weight = torch.cat([torch.ones(1, dtype=x.dtype), mask[1:]])
+            seen.append((site, weight))
+        elif site is not None and site.place == "before":
             stays = layer.token_predictor.in_conv(x)
             own, shared = stays.chunk(2, dim=1)
             counted = weight.clone()
@@ -129,20 +141,24 @@ def naive_penalty(model: PreTrainedModel, seen: list[list]) -> torch.Tensor:
         misses = [(w[1:].mean() - 0.6 ** (i + 1)) ** 2 for sample in seen for i, (_, w) in enumerate(sample)]
         return objective.penalty * torch.stack(misses).mean()
     cost = whole = 0.0
+    sites = {index: site for index, site in model.config.pruning.sites.items() if not site.idle}
+    saliencies = {site.saliency for site in sites.values()}
     for sample in seen:
         tokens = torch.tensor(float(len(sample[0][1])), dtype=torch.double)
-        n = [tokens, tokens, sample[0][1].sum(), sample[1][1].sum()]
-        if model.config.pruning.sites[1].place == "before":
-            layers_cost, predictors = _cost_of_learned(*n[1:])
+        one, first, second = torch.tensor(1.0), *(weights.sum() for _, weights in sample)
+        if "learned" in saliencies:
+            layers_cost, predictors = _cost_of_learned(tokens, first, second)
             cost = cost + layers_cost + predictors
             whole = whole + 4 * (4 * tokens * 32 * 32 + 2 * tokens**2 * 32 + tokens * 2 * 32 * 64)
             continue
-        left = [tokens, sample[0][1].sum(), sample[1][1].sum(), torch.tensor(1.0)]
-        for index, (keys, rest) in enumerate(zip(n, left)):
-            site = index in (1, 2)
+        through = [(tokens, tokens), (tokens, first), (first, second), (second, one)]
+        if "token_prior" in saliencies:
+            through = [(first, first), (first, second), (second, second), (second, one)]
+        for index, (keys, rest) in enumerate(through):
+            site = index in sites and sites[index].place == "between"
             # The class token's query and row of logits, with norms of the values or without, or every query and a map.
             row = {"cls_attention": 32, "cls_value_norm": 2 * 32 + 4}
-            row = row.get(model.config.pruning.sites[index].saliency) if site else None
+            row = row.get(sites[index].saliency) if site else None
             queries = rest + 1 if row else keys if site else rest
             cost = cost + (keys * row if row else keys**2 * 32 if site else 0)
             cost = cost + 2 * keys * 32 * 32 + (queries + rest) * 32 * 32
@@ -207,7 +223,7 @@ def _straight_through(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", tiny.HEADS)
-@pytest.mark.parametrize("name", ["ltp", "budget", "budget_ltp", "budget_values", "budget_learned"])
+@pytest.mark.parametrize("name", ["ltp", "budget", "budget_ltp", "budget_values", "budget_learned", "budget_prior"])
 def test_the_sharpest_masks_are_removal(case, name):
     spec = copy.deepcopy(PRUNINGS[name])
     spec["objective"] = {**spec["objective"], "temperature": 1e-10}

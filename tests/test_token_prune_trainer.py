@@ -254,6 +254,10 @@ def test_adapters_and_a_pruner_that_is_saved_whole(pruning, saved, tmp_path):
 
 RESUMED = {
     "budget": (BUDGET, {"pruner_learning_rate": 0.1}),
+    "budget_prior": (
+        {**BUDGET, "layers": [1], "threshold": 0.8, "prior_threshold": 0.9},
+        {"pruner_learning_rate": 0.1, "prior_samples": 16},
+    ),
     "dynamicvit": ({"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.6}, {"pruner_learning_rate": 0.01}),
     "warmup": (TOP_K, {"keep_rate_warmup_end": 0.8}),
     "sandwich": (TOP_K, {"sandwich_samples": 1, "budgets": [0.7, 0.8]}),

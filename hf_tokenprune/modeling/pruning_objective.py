@@ -43,7 +43,10 @@ OBJECTIVES = MappingProxyType(
         # sigmoid(log(score / threshold) / temperature), learned thresholds, a constraint on the expected MAC ratio, and
         # penalty x (ratio - target)^2, which damps the multipliers (Platt and Barr, NIPS 1987)
         "budget": Method(
-            ("threshold", "relative_threshold", "median_threshold"), (*_VOTES, "cls_value_norm", "learned"), 3.0, 0.2
+            ("threshold", "relative_threshold", "median_threshold"),
+            (*_VOTES, "cls_value_norm", "learned", "token_prior"),
+            3.0,
+            0.2,
         ),
     }
 )

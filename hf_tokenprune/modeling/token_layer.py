@@ -177,12 +177,7 @@ class TokenPruneLayer:
         site, before = plan.site_at("before"), None
         if site is not None:
             with named(f"layer {site.layer}"):
-                if plan.soft is not None:
-                    reduction = self._soften_learned(hidden, state, plan)
-                else:
-                    with _gradient_for(site):
-                        scores = self._scores_of_input(hidden, state, site)
-                    reduction = begin_reduction(scores, state, self._learned(site), plan.pruning)
+                reduction = self._begin(hidden, state, plan, lambda: self._scores_of_input(hidden, state, plan))
                 before = getattr(reduction, "decided", None)
                 hidden, state = reduction.finish(_moved(hidden, state, reduction.state))
         hidden, attending, left, decided, attention_map = self._attention_half(hidden, state, plan, config)
@@ -201,7 +196,8 @@ class TokenPruneLayer:
             kept = state.only_first()
         elif site is not None and site.saliency != "residual_shift":
             with named(f"layer {site.layer}"):
-                reduction = self._begin(Projections(hidden, source, query, key, value), state, plan)
+                given = Projections(hidden, source, query, key, value)
+                reduction = self._begin(hidden, state, plan, lambda: self._scores(given, state, plan))
                 kept = reduction.state
         asking = state if plan.whole_map else kept
         entered = hidden
@@ -233,17 +229,17 @@ class TokenPruneLayer:
         full_map = maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
         return hidden, asking, kept, decided, full_map
 
-    def _begin(self, given: Projections, state: TokenState, plan: LayerPlan) -> Reduction | SoftReduction:
-        if plan.soft is not None and plan.site.saliency == "learned":
-            return self._soften_learned(given.hidden, state, plan)
-        scores = self._scores(given, state, plan)
-        if plan.soft is not None:
-            return soften(scores.saliency, state, plan.site, plan.soft, self._modules.get("token_mask"))
-        return begin_reduction(scores, state, self._learned(plan.site), plan.pruning)
-
-    def _soften_learned(self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan) -> SoftReduction:
+    def _begin(
+        self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, score: Callable[[], Scores]
+    ) -> Reduction | SoftReduction:
         mask = self._modules.get("token_mask")
-        return soften_learned(self.predictor, hidden, state, plan.site, plan.soft, mask)
+        if plan.soft is not None and plan.site.saliency == "learned":
+            return soften_learned(self.predictor, hidden, state, plan.site, plan.soft, mask)
+        with _gradient_for(plan.site, plan.soft):
+            scores = score()
+        if plan.soft is not None:
+            return soften(scores.saliency, state, plan.site, plan.soft, mask)
+        return begin_reduction(scores, state, self._learned(plan.site), plan.pruning)
 
     def _learned(self, site: Site) -> Site:
         """The site with the value that it has learned so far."""
@@ -256,8 +252,9 @@ class TokenPruneLayer:
             plan.attention, config, module, self.eager_attention, module.scaling, self.attention_dropout
         )
 
-    def _scores_of_input(self, hidden: torch.Tensor, state: TokenState, site: Site) -> Scores:
+    def _scores_of_input(self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan) -> Scores:
         """Scores that need no more than the layer's input."""
+        site = plan.site
         if site.saliency == "random":
             return Scores(random_scores(state, site.layer, site.seed))
         if site.saliency == "token_prior":
@@ -271,23 +268,22 @@ class TokenPruneLayer:
         site, layout, module = plan.site, state.layout, self.attention_module
         heads, bias = module.num_attention_heads, plan.bias(state)
         votes = None if state.weight is None or plan.soft.method.on_hidden else layout.lay(state.weight)
-        with _gradient_for(site, plan.soft):
-            match site.saliency:
-                case "cls_attention" | "cls_value_norm":
-                    asks = self.query(layout.first(given.source)) if given.query is None else layout.first(given.query)
-                    value = given.value if site.saliency == "cls_value_norm" else None
-                    scores = first_token_scores(asks, given.key, layout, module.scaling, heads, bias, value)
-                case "received_attention" | "received_from_others":
-                    diagonal = site.saliency == "received_attention"
-                    scores = received_scores(
-                        given.query, given.key, layout, module.scaling, heads, bias, diagonal=diagonal, votes=votes
-                    )
-                case "key_norm":
-                    scores = key_norm_scores(given.key, layout, heads)
-                case "key_similarity":
-                    return key_similarity(given.key, state, heads)
-                case _:
-                    return self._scores_of_input(given.hidden, state, site)
+        match site.saliency:
+            case "cls_attention" | "cls_value_norm":
+                asks = self.query(layout.first(given.source)) if given.query is None else layout.first(given.query)
+                value = given.value if site.saliency == "cls_value_norm" else None
+                scores = first_token_scores(asks, given.key, layout, module.scaling, heads, bias, value)
+            case "received_attention" | "received_from_others":
+                diagonal = site.saliency == "received_attention"
+                scores = received_scores(
+                    given.query, given.key, layout, module.scaling, heads, bias, diagonal=diagonal, votes=votes
+                )
+            case "key_norm":
+                scores = key_norm_scores(given.key, layout, heads)
+            case "key_similarity":
+                return key_similarity(given.key, state, heads)
+            case _:
+                return self._scores_of_input(given.hidden, state, plan)
         return Scores(scores)
 
     def _feed_forward_half(self, hidden: torch.Tensor) -> torch.Tensor:
