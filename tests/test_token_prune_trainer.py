@@ -195,6 +195,30 @@ def test_a_sandwich_is_the_full_model_the_smallest_and_a_random_one(tmp_path):
     assert model.config.pruning == start
 
 
+@pytest.mark.parametrize("name", ["top_k", "dynamicvit"])
+def test_in_place_labels_teach_the_unpruned_model_and_that_the_pruned_one(name, tmp_path):
+    pruning = TOP_K if name == "top_k" else {"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.6}
+    trainer = trainer_for(pruning, tmp_path, in_place_distillation=True, distillation_temperature=3.0)
+    inputs = {name: torch.stack([row[name] for row in rows_of()[:5]]) for name in rows_of()[0]}
+    torch.manual_seed(0)
+    loss = trainer.compute_loss(trainer.model.train(), inputs)
+    model = trainer.model
+    start = model.config.pruning
+    model.set_pruning(None)
+    torch.manual_seed(0)
+    whole = model(**inputs)
+    model.set_pruning(start)
+    call = EncoderCall(work=True)
+    logits = model(**inputs, encoder_call=call).logits
+    difference = kl_to_teacher(logits, whole.logits, 3.0)
+    more = model.base_model.pruning_loss(call)
+    assert difference > 1e-7 and (more is None) == (name == "top_k")
+    torch.testing.assert_close(loss, whole.loss + difference + (0.0 if more is None else more))
+    assert trainer.work.take()["mac_ratio"] < 0.9 or more is not None  # masks of an untrained predictor remove little
+    trainer.train()
+    assert model.config.pruning.values == start.values
+
+
 def test_predictions_are_in_the_order_of_the_data(tmp_path):
     trainer = trainer_for(TOP_K, tmp_path, train_sampling_strategy="group_by_length")
     expected = torch.stack([row["labels"] for row in rows_of()]).tolist()
@@ -261,6 +285,7 @@ RESUMED = {
     "dynamicvit": ({"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.6}, {"pruner_learning_rate": 0.01}),
     "warmup": (TOP_K, {"keep_rate_warmup_end": 0.8}),
     "sandwich": (TOP_K, {"sandwich_samples": 1, "budgets": [0.7, 0.8]}),
+    "in_place": (TOP_K, {"in_place_distillation": True, "keep_rate_warmup_end": 0.5}),
 }
 
 
@@ -330,8 +355,10 @@ def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):
         trainer_for(TOP_K, tmp_path, distillation_weight=0.5)
     with pytest.raises(ValueError, match=r"sandwich_samples \(1\) needs budgets"):
         trainer_for(TOP_K, tmp_path, sandwich_samples=1)
-    for name, value in (("sandwich_samples", 1), ("keep_rate_warmup_end", 0.5)):
-        with pytest.raises(ValueError, match=rf"{name} \({value}\) must be 0 with objective 'budget'"):
+    with pytest.raises(ValueError, match=r"in_place_distillation \(True\) needs a pruning"):
+        trainer_for(None, tmp_path, in_place_distillation=True)
+    for name, value in (("sandwich_samples", 1), ("keep_rate_warmup_end", 0.5), ("in_place_distillation", True)):
+        with pytest.raises(ValueError, match=rf"{name} \({value}\) must not be set with objective 'budget'"):
             trainer_for({**BUDGET, "budgets": [[0.5, [9.0, 9.0]]]}, tmp_path, **{name: value})
     with pytest.raises(ValueError, match=r"soft_share \(1.5\) must be in \[0, 1\]"):
         trainer_for(TOP_K, tmp_path, soft_share=1.5)

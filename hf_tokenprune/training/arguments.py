@@ -26,6 +26,10 @@ class TokenPruneTrainingArguments(TrainingArguments):
     token_distillation_weight: float = field(
         default=0.0, metadata={"help": "Of the mean squared error of kept tokens' last states to the teacher's."}
     )
+    in_place_distillation: bool = field(
+        default=False,
+        metadata={"help": "The labels teach the unpruned model, and its logits the pruned one, in the same step."},
+    )
     keep_rate_warmup_start: float = field(default=0.0, metadata={"help": "Until here nothing is pruned."})
     keep_rate_warmup_end: float = field(
         default=0.0, metadata={"help": "From here on all is, half a cosine in between; 0: no warm-up."}
@@ -50,7 +54,6 @@ class TokenPruneTrainingArguments(TrainingArguments):
         default=0,
         metadata={"help": "Random budgets a step, beside nothing pruned and the smallest budget; 0: no sandwich."},
     )
-
     budgets: list[float] | None = field(
         default=None,
         metadata={"help": "MAC ratios for set_budget: values that cost them are found before training and after."},

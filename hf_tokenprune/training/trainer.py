@@ -33,7 +33,8 @@ class TokenPruneTrainer(Trainer):
     """The stock `Trainer`, for our models.
 
     Modifications:
-        - The loss has the distillation terms, and in a sandwich those of several budgets.
+        - The loss has the distillation terms, in place (the pruned model learns from itself unpruned) and in a sandwich
+          (so does that of several budgets) too.
         - The pruner's parameters have a learning rate of their own, and no weight decay.
         - Callbacks follow from the arguments: keep-rate warm-up, soft to hard.
         - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio, and what an input costs in
@@ -89,14 +90,16 @@ class TokenPruneTrainer(Trainer):
         pruning = self.pruned.config.pruning
         if args.budgets and pruning is None:
             raise ValueError(f"budgets ({args.budgets}) need a pruning, whose values the smallest of them may reach")
+        if args.in_place_distillation and pruning is None:
+            raise ValueError("in_place_distillation (True) needs a pruning, whose model learns from the unpruned one")
         if args.sandwich_samples and not args.budgets and (pruning is None or not pruning.budgets):
             raise ValueError(f"sandwich_samples ({args.sandwich_samples}) needs budgets, here or in the pruning")
         objective = None if pruning is None else pruning.objective
-        for name in ("sandwich_samples", "keep_rate_warmup_end"):
+        for name in ("in_place_distillation", "sandwich_samples", "keep_rate_warmup_end"):
             if getattr(args, name) and objective is not None and objective.learns_values:
                 raise ValueError(
-                    f"{name} ({getattr(args, name)}) must be 0 with objective {objective.name!r}: it learns the values "
-                    "that this would set"
+                    f"{name} ({getattr(args, name)}) must not be set with objective {objective.name!r}: it learns the "
+                    "values that this would set"
                 )
 
     def _add_schedules(self) -> None:
@@ -207,7 +210,7 @@ class TokenPruneTrainer(Trainer):
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = self._sandwich(model, inputs, num_items_in_batch)
+        loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"loss ({loss.item()}) at step {self.state.global_step} must be finite: a lower learning rate, or "
@@ -226,31 +229,46 @@ class TokenPruneTrainer(Trainer):
             self._evaluated.append(self.gather_function(costs).cpu())
         return result
 
-    def _sandwich(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[torch.Tensor, Any]:
-        """The loss at the current pruning; in a sandwich unpruned, and at the smallest and random budgets the KL to
-        that (Length-Adaptive Transformer, ACL 2021)."""
-        if not self.args.sandwich_samples:
-            return self._student_loss(model, inputs, items)
-        pruning, budgets = self.pruned.config.pruning, self.pruned.config.pruning.budgets
-        chance = random.Random(f"{self.args.seed}/{self.state.global_step}")
-        sampled = [chance.uniform(budgets[0][0], budgets[-1][0]) for _ in range(self.args.sandwich_samples)]
+    def _whole_loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[torch.Tensor, Any]:
+        """The loss at the current pruning; with pupils that of the unpruned model, and the KL of each of them to it.
+
+        Universally Slimmable Networks, ICCV 2019; in a sandwich Length-Adaptive Transformer, ACL 2021.
+        """
+        pruning, pupils = self.pruned.config.pruning, self._pupils()
+        if not pupils:
+            loss, outputs, call = self._student_loss(model, inputs, items)
+            self.work.add(call, self.pruned.config)
+            return loss, outputs
+        unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         try:
             self.pruned.set_pruning(pruning.eased(0.0, self.pruned.base_model.longest_input))
-            loss, whole = self._student_loss(model, inputs, items)
-            unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
-            for macs in (budgets[0][0], *sampled):
-                self.pruned.set_pruning(pruning.at_budget(macs))
+            loss, whole, _ = self._student_loss(model, inputs, items)
+            for pupil in pupils:
+                self.pruned.set_pruning(pupil)
                 call = EncoderCall(work=True)
                 logits = model(**unlabelled, encoder_call=call)["logits"]
                 loss = loss + kl_to_teacher(
                     logits, whole["logits"], self.args.distillation_temperature, self._counted(inputs, logits)
                 )
+                more = self.pruned.base_model.pruning_loss(call)
+                loss = loss if more is None else loss + more
                 self.work.add(call, self.pruned.config)
         finally:
             self.pruned.set_pruning(pruning)
         return loss, whole
 
-    def _student_loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[torch.Tensor, Any]:
+    def _pupils(self) -> list[PruningConfig]:
+        """The prunings that learn from the unpruned model in this step; none: the model's own learns from labels."""
+        pruning, samples = self.pruned.config.pruning, self.args.sandwich_samples
+        if not samples:
+            return [pruning] if self.args.in_place_distillation else []
+        least, most = (pruning.budgets[end][0] for end in (0, -1))
+        chance = random.Random(f"{self.args.seed}/{self.state.global_step}")
+        return [pruning.at_budget(macs) for macs in (least, *(chance.uniform(least, most) for _ in range(samples)))]
+
+    def _student_loss(
+        self, model: nn.Module, inputs: dict[str, Any], items: Any
+    ) -> tuple[torch.Tensor, Any, EncoderCall]:
         args, tokens = self.args, bool(self.args.token_distillation_weight)
         call = EncoderCall(work=True, trace=tokens)
         extra = {"encoder_call": call} | ({"output_hidden_states": True} if tokens else {})
@@ -258,10 +276,8 @@ class TokenPruneTrainer(Trainer):
         if outputs.get("loss") is None:  # a loss of the Trainer's own knows nothing of the pruning's
             more = self.pruned.base_model.pruning_loss(call)
             loss = loss if more is None else loss + more
-        if not self.args.sandwich_samples:
-            self.work.add(call, self.pruned.config)
         if not args.distillation_weight and not tokens:
-            return loss, outputs
+            return loss, outputs, call
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         with torch.no_grad():
             taught = self.teacher(**unlabelled, output_hidden_states=tokens)
@@ -273,7 +289,7 @@ class TokenPruneTrainer(Trainer):
         if tokens:
             mse = kept_token_mse(outputs["hidden_states"][-1], taught["hidden_states"][-1], call.end)
             loss = loss + args.token_distillation_weight * mse
-        return loss, outputs
+        return loss, outputs, call
 
     def _counted(self, inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor | None:
         """Which tokens have logits that count; None: logits are of samples."""
