@@ -1,6 +1,7 @@
 """Pictures: the page of kept words and the plot of accuracy over arithmetic."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -304,6 +305,16 @@ def browse(page: Path, address: str, profile: Path) -> tuple[Page, str]:
         check=True,
     )
     return Page(done.stdout), done.stderr
+
+
+def test_the_legend_has_the_fates_that_there_are():
+    words, layers = ["[CLS]", "a", "b", "c", "d", "e", "f"], list(range(8))
+    few, many = [8, 8, 2, 8, 2, 8, 8], [8, 0, 1, 2, 3, 4, 5]
+    for last_site, expected in ((few, [2, 8]), (many, [0, 3, 8])):
+        html = render_page([DocumentView(words, last_site, layers, None, None, None, None)], title="t")
+        legend = html[html.index('<div class="legend">') : html.index("</section>")]
+        assert [int(depth) for depth in re.findall(r'data-d="(\d+)"', legend)] == expected
+        assert "kept to the end" in legend
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

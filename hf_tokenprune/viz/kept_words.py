@@ -280,11 +280,11 @@ def _steps(document: DocumentView) -> list[_Step]:
     return steps
 
 
-def _legend(names: Sequence[str]) -> list[tuple[int, str]]:
-    """Depths to explain: all of them, or the ends and the middle where the sites are many."""
-    sites = len(names) - 1
-    depths = list(range(sites + 1)) if sites < _LONGEST_LEGEND else [0, sites // 2, sites]
-    return [(depth, f"dropped at {names[depth + 1]}" if depth < sites else "kept to the end") for depth in depths]
+def _legend(fates: Sequence[str], documents: Sequence[DocumentView]) -> list[tuple[int, str]]:
+    """The fates that there are: all of them, or the ends and the middle where they are many."""
+    depths = sorted({depth for document in documents for depth in document.last_site})
+    depths = depths if len(depths) <= _LONGEST_LEGEND else [depths[0], depths[len(depths) // 2], depths[-1]]
+    return [(depth, fates[depth]) for depth in depths]
 
 
 def render_page(documents: Sequence[DocumentView], *, title: str, summary: str = "") -> str:
@@ -307,6 +307,7 @@ def render_page(documents: Sequence[DocumentView], *, title: str, summary: str =
         if document.layers != layers:
             raise ValueError(f"documents must share their site layers: {document.layers} is not {layers}")
     names = _site_names(layers)
+    fates = [*(f"dropped at {name}" for name in names[1:]), "kept to the end"]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
@@ -314,8 +315,8 @@ def render_page(documents: Sequence[DocumentView], *, title: str, summary: str =
         summary=summary,
         sites=len(layers),
         names=names,
-        legend=_legend(names),
-        fates=[*(f"dropped at {name}" for name in names[1:]), "kept to the end"],
+        legend=_legend(fates, documents),
+        fates=fates,
         documents=[
             (document, _steps(document), *_split(document), _address(document.picture)) for document in documents
         ],
