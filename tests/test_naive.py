@@ -47,6 +47,9 @@ METHODS = {
     "adaptive_median": PruningConfig.preset(
         "adaptive", layers=[0, 1, 3], threshold=[0.95, 0.98, 1.03], relative_to="median", saliency="received_attention"
     ),
+    "adaptive_total": PruningConfig.preset(
+        "adaptive", layers=[0, 1, 3], threshold=[0.03, 0.04, 0.05], relative_to="total", saliency="cls_value_norm"
+    ),
     "top_p_listed": PruningConfig.preset("top_p", layers=[0, 1, 3], p=[1.0, 0.8, 0.6], saliency="key_norm"),
     "key_norm_removed": _stage("key_norm", "remove_count", [3, 0, 40]),
     "shift_fused": _stage("residual_shift", "keep_count", [20, 9], reduction="fuse", cut=[24, 12]),

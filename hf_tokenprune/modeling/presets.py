@@ -194,7 +194,8 @@ def _adaptive(
 ) -> dict[str, Any]:
     """Keep what scores at least `threshold` times the average token of its sample: dull inputs lose more.
 
-    `relative_to="median"`: the median one, which the few tokens that get most of the attention do not move.
+    `relative_to="median"`: the median one, which the few tokens that get most of the attention do not move. `"total"`:
+    all tokens of its sample together, so that long inputs lose more than short ones, of which each token matters more.
     `saliency="learned"`, `place="before"`: a small predictor skims what goes into each layer (Transkimmer, ACL 2022).
     `prior_threshold`: the same before the first layer, by what an id is worth on average (`fit_token_prior`).
     """
@@ -207,7 +208,7 @@ def _adaptive(
     return {"stages": stages}
 
 
-_RELATIVE = {"mean": "relative_threshold", "median": "median_threshold"}
+_RELATIVE = {"mean": "relative_threshold", "median": "median_threshold", "total": "threshold"}
 
 
 def _adaptive_fuse(
