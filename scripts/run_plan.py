@@ -57,6 +57,9 @@ class PlanArguments(ProfileArguments):
     target_latency: float | None = field(default=None, metadata={"help": "Seconds of a batch, here; how plan."})
     layers: list[int] | None = field(default=None, metadata={"help": "The sites; how plan and calibrate."})
     saliency: str = field(default="cls_attention", metadata={"help": "The score; how calibrate."})
+    relative_to: str = field(
+        default="median", metadata={"help": "What thresholds are relative to, as adaptive has it; how calibrate."}
+    )
     prior_share: float = field(
         default=0.0,
         metadata={"help": "Of the tokens, those that go before the first layer by their id alone; how calibrate."},
@@ -154,7 +157,7 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
         return found | {"measured": measured}, f"{planned.verdict} Measured: {measured['speedup']:.2f}x.", model
     common = {"target_macs": arguments.target_macs, "progress": tqdm, **protected(subject)}
     if arguments.how == "calibrate":
-        given = {name: getattr(arguments, name) for name in ("layers", "saliency", "prior_share")}
+        given = {name: getattr(arguments, name) for name in ("layers", "saliency", "relative_to", "prior_share")}
         found = calibrate(model, batches, **given, **common)
         words = f"{found.inputs} inputs cost {found.macs:.3f} of the MACs, each {found.least:.3f} to {found.most:.3f}."
         report = {name: value for name, value in vars(found).items() if name != "prior"}
