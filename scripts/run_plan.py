@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -38,6 +37,7 @@ from hf_tokenprune.planning.held_back import compare_held_back
 from hf_tokenprune.profiling import speedup, speedup_bound, time_interleaved
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.machine import describe_machine
+from hf_tokenprune.profiling.run import accelerator_on
 from hf_tokenprune.profiling.subject import Subject, load_subject
 from hf_tokenprune.viz.search_plots import pareto_front
 
@@ -174,7 +174,7 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
 def main() -> None:
     try:
         (arguments,) = parse_arguments(PlanArguments)
-        subject = load_subject(arguments, Accelerator(cpu=arguments.device == "cpu").device)
+        subject = load_subject(arguments, accelerator_on(arguments.device).device)
         found, words, model = run(arguments, subject)
         if arguments.held_back:
             found["held_back"] = held_back(model, subject, found, arguments)
@@ -182,7 +182,7 @@ def main() -> None:
     except (ImportError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     folder = Path(arguments.output_dir)
-    where = describe_machine() | {"dtype": arguments.dtype}
+    where = describe_machine(subject.device) | {"dtype": arguments.dtype}
     report = {"verdict": words, "where": where, "arguments": asdict(arguments)} | found
     write_atomically(folder / "plan.json", json.dumps(report, indent=1).encode())
     write_atomically(

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_tokenprune import PruningConfig
 from hf_tokenprune.command_line import written_pruning
+from hf_tokenprune.profiling import machine
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.subject import load_subject
 
@@ -76,7 +77,24 @@ def test_where_nothing_is_to_be_pruned(run, tmp_path):
     assert PruningConfig.from_dict(json.loads((tmp_path / "pruning.json").read_text())) == PruningConfig()
 
 
-def test_a_mistake_is_one_sentence(run):
+MISTAKES = {
+    "target": (["--how", "search"], "target_macs (None) must be given to search"),
+    "device": (["--target_macs", "0.5", "--device", "fridge"], "device ('fridge') must be cpu or cuda"),
+    "no CUDA": (["--target_macs", "0.5", "--device", "cuda"], "device ('cuda') must be there, and torch finds no"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(run, tmp_path, monkeypatch, mistake):
+    more, words = MISTAKES[mistake]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
-        run("--how", "search")
-    assert error.value.code == "ValueError: target_macs (None) must be given to search"
+        run(*more)
+    assert error.value.code.startswith(f"ValueError: {words}") and "\n" not in error.value.code
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_says_on_which_device(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "describe_machine", lambda *device: {"device": [str(each) for each in device]})
+    run("--target_macs", "0.6", "--max_inputs", "6")
+    assert json.loads((tmp_path / "plan.json").read_text())["where"] == {"device": ["cpu"], "dtype": "float32"}
