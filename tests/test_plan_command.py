@@ -94,6 +94,14 @@ def test_mistakes_are_one_sentence(run, tmp_path, monkeypatch, mistake):
     assert not list(tmp_path.iterdir())
 
 
+def test_data_without_rows_are_one_sentence(run, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(SystemExit) as error:
+        run("--target_macs", "0.5", "--dataset_name", str(empty))
+    assert error.value.code == f"ValueError: {empty} must have at least one row in every split"
+
+
 def test_the_report_says_on_which_device(run, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "describe_machine", lambda *device: {"device": [str(each) for each in device]})
     run("--target_macs", "0.6", "--max_inputs", "6")
