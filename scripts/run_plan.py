@@ -34,8 +34,9 @@ from hf_tokenprune import Calibration, PruningConfig, calibrate, plan, prune, se
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.planning.held_back import compare_held_back
-from hf_tokenprune.profiling import speedup, speedup_bound, time_interleaved
+from hf_tokenprune.profiling import count_macs
 from hf_tokenprune.profiling.arguments import ProfileArguments
+from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.profiling.run import accelerator_on
 from hf_tokenprune.profiling.subject import Subject, load_subject
@@ -82,22 +83,18 @@ def protected(subject: Subject) -> dict[str, Any]:
 
 def measure(
     model: PreTrainedModel, pruning: PruningConfig, batch: dict[str, torch.Tensor], arguments: PlanArguments
-) -> dict[str, float]:
-    """The planned pruning and our engine with nothing pruned on the batch that was planned for, in turn."""
-    unpadded, pruned = prune(model, None).eval(), prune(model, pruning).eval()
-    with torch.inference_mode():
-        timings = time_interleaved(
-            {"unpadded": lambda: unpadded(**batch), "pruned": lambda: pruned(**batch)},
-            rounds=arguments.rounds,
-            seconds=arguments.seconds,
-        )
-    both = timings["unpadded"], timings["pruned"]
-    return {
-        "speedup": speedup(*both),
-        "at_least": speedup_bound(*both),
-        "seconds": timings["pruned"].median,
-        "rounds": len(timings["pruned"].seconds),
-    }
+) -> list[dict[str, Any]]:
+    """The padded stock model, our engine with nothing pruned and the planned pruning on the batch that was planned for.
+
+    Returns:
+        As `speed_table`: each speed-up says over which of them.
+    """
+    pruned = prune(model, pruning).eval()
+    # One batch has one order: what is sorted by length is left out.
+    timings = time_against_baselines(model, pruned, [batch], [], rounds=arguments.rounds, seconds=arguments.seconds)
+    timings = {name: timing for name, timing in timings.items() if name in ("padded", "unpadded", "pruned")}
+    count = count_macs(pruned, batch)
+    return speed_table(timings, len(next(iter(batch.values()))), count.total / count.lossless)
 
 
 def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:
@@ -151,7 +148,9 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
         if planned.pruning is None or planned.speedup is None:
             return found, planned.verdict, model
         measured = measure(model, planned.pruning, batches[0], arguments)
-        return found | {"measured": measured}, f"{planned.verdict} Measured: {measured['speedup']:.2f}x.", model
+        over = [measured[-1][f"speedup_to_{name}"] for name in ("unpadded", "padded")]
+        words = "Measured: {:.2f}x over nothing pruned, {:.2f}x over the padded stock model.".format(*over)
+        return found | {"measured": measured}, f"{planned.verdict} {words}", model
     common = {"target_macs": arguments.target_macs, "progress": tqdm, **protected(subject)}
     if arguments.how == "calibrate":
         given = {name: getattr(arguments, name) for name in ("layers", "saliency", "prior_share")}

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_tokenprune import PruningConfig
 from hf_tokenprune.command_line import written_pruning
-from hf_tokenprune.profiling import machine
+from hf_tokenprune.planning import latency_curve
+from hf_tokenprune.profiling import Timing, machine
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.subject import load_subject
 
@@ -62,14 +63,28 @@ def test_a_table_goes_with_its_model(run, tmp_path):
     assert torch.equal(subject.models["pruned"].base_model.prior_tables()[0].worth, model.bert.prior_tables()[0].worth)
 
 
-def test_a_speedup_is_measured_again(run, tmp_path, monkeypatch):
+def test_a_speedup_is_measured_again_over_each_baseline(run, tmp_path, monkeypatch):
+    def time_interleaved(calls: dict, **_: object) -> dict[object, Timing]:
+        return {name: Timing((2.0 if name == "stock" else 0.4 + name,) * 3) for name in calls}
+
     monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path))
-    said = run("--target_speedup", "1.01", "--max_inputs", "12", "--rounds", "3")
+    monkeypatch.setattr(latency_curve, "time_interleaved", time_interleaved)  # planned by this, measured by the clock
+    said = run("--target_speedup", "1.5", "--max_inputs", "12", "--batch_size", "6", "--rounds", "3")
     report = json.loads((tmp_path / "plan.json").read_text())
-    if report["pruning"] is None:
-        assert "Leave pruning off" in said
-    else:
-        assert report["measured"]["speedup"] > 0 and report["measured"]["rounds"] == 3 and "Measured: " in said
+    assert report["met"] and report["speedup"] == 1.5
+    rows = {row["model"]: row for row in report["measured"]}
+    assert list(rows) == ["padded", "unpadded", "pruned"]
+    for name, row in rows.items():
+        low, high = row["quartiles"]
+        assert row["rounds"] == 3 and row["inputs"] == 6 and 0 < low <= row["milliseconds_per_input"] <= high
+        for other, slower in rows.items():
+            assert row[f"speedup_to_{other}"] * slower[f"speedup_to_{name}"] == pytest.approx(1.0)
+            assert row[f"speedup_to_{other}_at_least"] <= row[f"speedup_to_{other}"]
+    pruned = rows["pruned"]
+    assert 0 < pruned["mac_ratio_to_unpadded"] < 1
+    assert pruned["realised"] == pytest.approx(pruned["speedup_to_unpadded"] * pruned["mac_ratio_to_unpadded"])
+    over = [pruned[f"speedup_to_{name}"] for name in ("unpadded", "padded")]
+    assert "Measured: {:.2f}x over nothing pruned, {:.2f}x over the padded stock model.".format(*over) in said
 
 
 def test_where_nothing_is_to_be_pruned(run, tmp_path):
