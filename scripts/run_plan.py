@@ -8,7 +8,8 @@
 
 plan: `top_k` whose cost follows from lengths, or from this device's clock (--target_speedup, --target_latency).
 With `--held_back N` the pruning that was found is tested on N labelled inputs of the other split, beside `top_k` at the
-usual three sites that costs as much on the inputs that were planned for.
+usual three sites (and, of calibrate, at its own sites with its own saliency) that costs on the inputs that were planned
+for what the pruning does.
 
 calibrate: thresholds by which each input gets its own; with `--prior_share`, the model is saved, too, in `model`, for
 its table of what ids are worth. search: the best of many schedules on labelled inputs; it goes
@@ -33,7 +34,8 @@ from transformers import PreTrainedModel
 from hf_tokenprune import Calibration, PruningConfig, calibrate, plan, prune, search_schedule
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
-from hf_tokenprune.planning.held_back import compare_held_back
+from hf_tokenprune.modeling.pruning_config import default_layers
+from hf_tokenprune.planning.held_back import compare_held_back, run_pruned, top_k_of_same_cost
 from hf_tokenprune.profiling import count_macs
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
@@ -44,7 +46,6 @@ from hf_tokenprune.viz.search_plots import pareto_front
 
 
 HOW = ("plan", "calibrate", "search")
-PLANNED = 64  # inputs that the usual sites' keep rate is found on
 
 
 @dataclass(kw_only=True)
@@ -108,14 +109,27 @@ def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:
 def held_back(
     model: PreTrainedModel, subject: Subject, found: dict[str, Any], arguments: PlanArguments
 ) -> list[dict[str, Any]]:
-    """What was found for the model, and `top_k` at the usual sites for the same cost, on inputs of the other split."""
+    """What was found, and `top_k` that costs as much on the inputs it was found on, on inputs of the other split.
+
+    `top_k` is at the usual sites, and for calibrate at the same sites with the same saliency, too.
+    """
     other = "train" if arguments.split == "test" else "test"
     unseen = load_subject(replace(arguments, split=other, max_inputs=arguments.held_back), subject.device)
-    some = subject.batch(list(range(min(PLANNED, len(subject.inputs)))))
-    usual = plan(model, some, target_macs=arguments.target_macs, **protected(subject))
     pruning = None if found["pruning"] is None else PruningConfig.from_dict(found["pruning"])
-    prunings = {"top_k at the usual sites": usual.pruning, arguments.how: pruning, "nothing": None}
-    return compare_held_back(model, labelled(unseen, arguments.batch_size), prunings)
+    layers = default_layers(model.config.num_hidden_layers)
+    wishes = {"top_k at the usual sites": {"layers": layers}}
+    if arguments.how == "calibrate":
+        own = {"layers": list(pruning.stages[-1].layers), "saliency": arguments.saliency}
+        wishes |= {f"top_k at {own['layers']} by {own['saliency']}": own}
+    seen = subject.batches(arguments.batch_size)
+    prunings, planned = {}, {"nothing": run_pruned(model, None, seen)[0]}
+    for name, wish in wishes.items():
+        prunings[name], planned[name], planned[arguments.how] = top_k_of_same_cost(
+            model, seen, pruning, **wish, **protected(subject)
+        )
+    prunings |= {arguments.how: pruning, "nothing": None}
+    rows = compare_held_back(model, labelled(unseen, arguments.batch_size), prunings)
+    return [row | {"macs_where_found": planned[row["pruning"]]} for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -43,12 +43,17 @@ def run(given, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("how", ["plan", "calibrate", "search"])
 def test_a_target_becomes_a_pruning(run, tmp_path, how):
-    said = run("--how", how, "--target_macs", "0.6", "--max_inputs", "12", "--batch_size", "6")
+    given = ("--target_macs", "0.6", "--max_inputs", "24", "--batch_size", "12", "--held_back", "20")
+    said = run("--how", how, *given)
     report = json.loads((tmp_path / "plan.json").read_text())
     assert said.startswith(report["verdict"]) and " of the MACs" in said
     pruning = PruningConfig.from_dict(written_pruning(str(tmp_path / "pruning.json"), None))
     assert pruning.to_dict() == report["pruning"] and pruning.protected_token_ids == (3,)
     assert (tmp_path / "front.png").exists() == (how == "search")
+    costs = {row["pruning"]: row["macs_where_found"] for row in report["held_back"]}
+    found, nothing = costs.pop(how), costs.pop("nothing")
+    assert found < nothing < 1 and len(costs) == (2 if how == "calibrate" else 1)
+    assert all(abs(cost - found) <= 0.002 for cost in costs.values()), "compared at one cost"
 
 
 def test_a_table_goes_with_its_model(run, tmp_path):
@@ -58,7 +63,10 @@ def test_a_table_goes_with_its_model(run, tmp_path):
     report = json.loads((tmp_path / "plan.json").read_text())
     assert f"is {tmp_path / 'model'}." in said and model.config.pruning.to_dict() == report["pruning"]
     assert not model.base_model.prior_tables()[0].empty
-    assert [row["pruning"] for row in report["held_back"]][1:] == ["calibrate", "nothing"]
+    rows = {row["pruning"]: row for row in report["held_back"]}
+    usual, own = "top_k at the usual sites", "top_k at [1, 2] by cls_attention"
+    assert list(rows) == [usual, own, "calibrate", "nothing"]
+    assert rows["calibrate"]["macs_where_found"] == pytest.approx(report["macs"])
     subject = load_subject(ProfileArguments(model_name_or_path=str(tmp_path / "model"), lengths=[32]), "cpu")
     assert torch.equal(subject.models["pruned"].base_model.prior_tables()[0].worth, model.bert.prior_tables()[0].worth)
 

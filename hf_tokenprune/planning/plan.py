@@ -1,6 +1,6 @@
 """`plan`: from a target MAC ratio, speed-up or latency to the `PruningConfig` that meets it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,14 +111,7 @@ class _Planner:
         return Plan(self.top_k(sites, rate), met, macs, None, None, f"{verdict} {NOT_TIMED}")
 
     def _closest(self, sites: Sequence[int], target: float) -> tuple[int, float]:
-        """MACs rise with the rate: bisection over thousandths, and the closer of the two neighbours; with its MACs."""
-        low, high = 1, 1000
-        ratios = {rate: self.macs(self.top_k(sites, rate)) for rate in (low, high)}
-        while high - low > 1 and ratios[low] < target:
-            middle = (low + high) // 2
-            ratios[middle] = self.macs(self.top_k(sites, middle))
-            low, high = (middle, high) if ratios[middle] <= target else (low, middle)
-        return min(((rate, ratios[rate]) for rate in (low, high)), key=lambda each: abs(each[1] - target))
+        return closest_rate(lambda rate: self.macs(self.top_k(sites, rate)), target)
 
     def for_time(self, name: str, value: float) -> Plan:
         found = []
@@ -146,6 +139,20 @@ class _Planner:
         pruning = self.top_k(sites, thousandths)
         verdict = f"{_words(sites, thousandths)} gains {expected:.2f}x over nothing pruned."
         return Plan(pruning, True, self.macs(pruning), expected, curve.seconds[0] / expected, verdict)
+
+
+def closest_rate(macs_at: Callable[[int], float], target: float) -> tuple[int, float]:
+    """The keep rate, in thousandths, that costs closest to the target, and its MAC ratio.
+
+    MACs rise with the rate: bisection, and the closer of the two neighbours.
+    """
+    low, high = 1, 1000
+    ratios = {rate: macs_at(rate) for rate in (low, high)}
+    while high - low > 1 and ratios[low] < target:
+        middle = (low + high) // 2
+        ratios[middle] = macs_at(middle)
+        low, high = (middle, high) if ratios[middle] <= target else (low, middle)
+    return min(((rate, ratios[rate]) for rate in (low, high)), key=lambda each: abs(each[1] - target))
 
 
 def _choices(depth: int) -> list[list[int]]:
