@@ -111,16 +111,16 @@ def held_back(
 ) -> list[dict[str, Any]]:
     """What was found, and `top_k` that costs as much on the inputs it was found on, on inputs of the other split.
 
-    `top_k` is at the usual sites, and for calibrate at the same sites with the same saliency, too.
+    `top_k` is at the usual sites, and for calibrate at its own with its own saliency, too, where those are others.
     """
     other = "train" if arguments.split == "test" else "test"
     unseen = load_subject(replace(arguments, split=other, max_inputs=arguments.held_back), subject.device)
     pruning = None if found["pruning"] is None else PruningConfig.from_dict(found["pruning"])
-    layers = default_layers(model.config.num_hidden_layers)
-    wishes = {"top_k at the usual sites": {"layers": layers}}
+    usual = {"layers": default_layers(model.config.num_hidden_layers), "saliency": "cls_attention"}
+    wishes = {"top_k at the usual sites": usual}
     if arguments.how == "calibrate":
         own = {"layers": list(pruning.stages[-1].layers), "saliency": arguments.saliency}
-        wishes |= {f"top_k at {own['layers']} by {own['saliency']}": own}
+        wishes |= {f"top_k at {own['layers']} by {own['saliency']}": own} if own != usual else {}
     seen = subject.batches(arguments.batch_size)
     prunings, planned = {}, {"nothing": run_pruned(model, None, seen)[0]}
     for name, wish in wishes.items():
