@@ -24,9 +24,11 @@ def load_classification(
         config: the data set's configuration, where it has several.
 
     Raises:
-        ValueError: columns that are not there, or no labelled split to test on.
+        ValueError: data that cannot be read or have no rows, columns that are not there, or no split to train on.
     """
     splits = _load(name, config, label_column)
+    if not all(map(len, splits.values())):
+        raise ValueError(_no_rows(name))
     for column in (input_column, label_column):
         if column not in splits["train"].column_names:
             raise ValueError(f"column {column!r} is not in {name}; it has {splits['train'].column_names}")
@@ -89,16 +91,43 @@ def _load(name: str, config: str | None, label_column: str) -> datasets.DatasetD
     path = Path(name)
     if path.is_file():
         kind = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
-        return datasets.load_dataset(kind, data_files=str(path))["train"].train_test_split(test_size=0.2, seed=0)
-    splits = datasets.load_dataset(name, config)
+        return _set_a_fifth_aside(_read(name, kind, data_files=str(path))["train"], name)
+    splits = _read(name, name, config)
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
     test = next(
         (split for split in ("test", "validation") if split in splits and _labelled(splits[split], label_column)), None
     )
     if test is None:
-        return splits["train"].train_test_split(test_size=0.2, seed=0)
+        return _set_a_fifth_aside(splits["train"], name)
     return datasets.DatasetDict(train=splits["train"], test=splits[test])
+
+
+# What `datasets` and the readers below it say of a file without rows: .csv with and without a header, and .parquet.
+_EMPTY = ("corresponds to no data", "No columns to parse from file", "BatchSize must be greater than 0, got 0")
+
+
+def _read(name: str, *given: Any, **files: Any) -> datasets.DatasetDict:
+    """As `datasets.load_dataset`, with one error for whatever cannot be read."""
+    try:
+        return datasets.load_dataset(*given, **files)
+    except StopIteration:  # of a .jsonl file's first block
+        raise ValueError(_no_rows(name)) from None
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        said = str(error.__cause__ or error)
+        empty = any(words in said for words in _EMPTY)
+        raise ValueError(_no_rows(name) if empty else f"{name} cannot be read: {said}") from error
+
+
+def _no_rows(name: str) -> str:
+    return f"{name} must have at least one row in every split"
+
+
+def _set_a_fifth_aside(rows: datasets.Dataset, name: str) -> datasets.DatasetDict:
+    """To test on, where there is no split for it."""
+    if len(rows) < 2:
+        raise ValueError(f"{name} ({len(rows)} row) must have at least two rows: one to train and one to test on")
+    return rows.train_test_split(test_size=0.2, seed=0)
 
 
 def _labelled(split: datasets.Dataset, column: str) -> bool:

@@ -8,7 +8,8 @@
 
 plan: `top_k` whose cost follows from lengths, or from this device's clock (--target_speedup, --target_latency).
 With `--held_back N` the pruning that was found is tested on N labelled inputs of the other split, beside `top_k` at the
-usual three sites that costs as much on the inputs that were planned for.
+usual three sites (and, of calibrate, at its own sites with its own saliency) that costs on the inputs that were planned
+for what the pruning does.
 
 calibrate: thresholds by which each input gets its own; with `--prior_share`, the model is saved, too, in `model`, for
 its table of what ids are worth. search: the best of many schedules on labelled inputs; it goes
@@ -27,23 +28,24 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_tokenprune import Calibration, PruningConfig, calibrate, plan, prune, search_schedule
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
-from hf_tokenprune.planning.held_back import compare_held_back
-from hf_tokenprune.profiling import speedup, speedup_bound, time_interleaved
+from hf_tokenprune.modeling.pruning_config import default_layers
+from hf_tokenprune.planning.held_back import compare_held_back, run_pruned, top_k_of_same_cost
+from hf_tokenprune.profiling import count_macs
 from hf_tokenprune.profiling.arguments import ProfileArguments
+from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
 from hf_tokenprune.profiling.machine import describe_machine
+from hf_tokenprune.profiling.run import accelerator_on
 from hf_tokenprune.profiling.subject import Subject, load_subject
 from hf_tokenprune.viz.search_plots import pareto_front
 
 
 HOW = ("plan", "calibrate", "search")
-PLANNED = 64  # inputs that the usual sites' keep rate is found on
 
 
 @dataclass(kw_only=True)
@@ -85,22 +87,18 @@ def protected(subject: Subject) -> dict[str, Any]:
 
 def measure(
     model: PreTrainedModel, pruning: PruningConfig, batch: dict[str, torch.Tensor], arguments: PlanArguments
-) -> dict[str, float]:
-    """The planned pruning and our engine with nothing pruned on the batch that was planned for, in turn."""
-    unpadded, pruned = prune(model, None).eval(), prune(model, pruning).eval()
-    with torch.inference_mode():
-        timings = time_interleaved(
-            {"unpadded": lambda: unpadded(**batch), "pruned": lambda: pruned(**batch)},
-            rounds=arguments.rounds,
-            seconds=arguments.seconds,
-        )
-    both = timings["unpadded"], timings["pruned"]
-    return {
-        "speedup": speedup(*both),
-        "at_least": speedup_bound(*both),
-        "seconds": timings["pruned"].median,
-        "rounds": len(timings["pruned"].seconds),
-    }
+) -> list[dict[str, Any]]:
+    """The padded stock model, our engine with nothing pruned and the planned pruning on the batch that was planned for.
+
+    Returns:
+        As `speed_table`: each speed-up says over which of them.
+    """
+    pruned = prune(model, pruning).eval()
+    # One batch has one order: what is sorted by length is left out.
+    timings = time_against_baselines(model, pruned, [batch], [], rounds=arguments.rounds, seconds=arguments.seconds)
+    timings = {name: timing for name, timing in timings.items() if name in ("padded", "unpadded", "pruned")}
+    count = count_macs(pruned, batch)
+    return speed_table(timings, len(next(iter(batch.values()))), count.total / count.lossless)
 
 
 def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:
@@ -114,14 +112,27 @@ def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:
 def held_back(
     model: PreTrainedModel, subject: Subject, found: dict[str, Any], arguments: PlanArguments
 ) -> list[dict[str, Any]]:
-    """What was found for the model, and `top_k` at the usual sites for the same cost, on inputs of the other split."""
+    """What was found, and `top_k` that costs as much on the inputs it was found on, on inputs of the other split.
+
+    `top_k` is at the usual sites, and for calibrate at its own with its own saliency, too, where those are others.
+    """
     other = "train" if arguments.split == "test" else "test"
     unseen = load_subject(replace(arguments, split=other, max_inputs=arguments.held_back), subject.device)
-    some = subject.batch(list(range(min(PLANNED, len(subject.inputs)))))
-    usual = plan(model, some, target_macs=arguments.target_macs, **protected(subject))
     pruning = None if found["pruning"] is None else PruningConfig.from_dict(found["pruning"])
-    prunings = {"top_k at the usual sites": usual.pruning, arguments.how: pruning, "nothing": None}
-    return compare_held_back(model, labelled(unseen, arguments.batch_size), prunings)
+    usual = {"layers": default_layers(model.config.num_hidden_layers), "saliency": "cls_attention"}
+    wishes = {"top_k at the usual sites": usual}
+    if arguments.how == "calibrate":
+        own = {"layers": list(pruning.stages[-1].layers), "saliency": arguments.saliency}
+        wishes |= {f"top_k at {own['layers']} by {own['saliency']}": own} if own != usual else {}
+    seen = subject.batches(arguments.batch_size)
+    prunings, planned = {}, {"nothing": run_pruned(model, None, seen)[0]}
+    for name, wish in wishes.items():
+        prunings[name], planned[name], planned[arguments.how] = top_k_of_same_cost(
+            model, seen, pruning, **wish, **protected(subject)
+        )
+    prunings |= {arguments.how: pruning, "nothing": None}
+    rows = compare_held_back(model, labelled(unseen, arguments.batch_size), prunings)
+    return [row | {"macs_where_found": planned[row["pruning"]]} for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -154,7 +165,9 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
         if planned.pruning is None or planned.speedup is None:
             return found, planned.verdict, model
         measured = measure(model, planned.pruning, batches[0], arguments)
-        return found | {"measured": measured}, f"{planned.verdict} Measured: {measured['speedup']:.2f}x.", model
+        over = [measured[-1][f"speedup_to_{name}"] for name in ("unpadded", "padded")]
+        words = "Measured: {:.2f}x over nothing pruned, {:.2f}x over the padded stock model.".format(*over)
+        return found | {"measured": measured}, f"{planned.verdict} {words}", model
     common = {"target_macs": arguments.target_macs, "progress": tqdm, **protected(subject)}
     if arguments.how == "calibrate":
         given = {name: getattr(arguments, name) for name in ("layers", "saliency", "relative_to", "prior_share")}
@@ -177,7 +190,7 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
 def main() -> None:
     try:
         (arguments,) = parse_arguments(PlanArguments)
-        subject = load_subject(arguments, Accelerator(cpu=arguments.device == "cpu").device)
+        subject = load_subject(arguments, accelerator_on(arguments.device).device)
         found, words, model = run(arguments, subject)
         if arguments.held_back:
             found["held_back"] = held_back(model, subject, found, arguments)
@@ -185,7 +198,7 @@ def main() -> None:
     except (ImportError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     folder = Path(arguments.output_dir)
-    where = describe_machine() | {"dtype": arguments.dtype}
+    where = describe_machine(subject.device) | {"dtype": arguments.dtype}
     report = {"verdict": words, "where": where, "arguments": asdict(arguments)} | found
     write_atomically(folder / "plan.json", json.dumps(report, indent=1).encode())
     write_atomically(

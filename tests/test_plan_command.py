@@ -12,6 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_tokenprune import PruningConfig
 from hf_tokenprune.command_line import written_pruning
+from hf_tokenprune.planning import latency_curve
+from hf_tokenprune.profiling import Timing, machine
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.subject import load_subject
 
@@ -41,12 +43,17 @@ def run(given, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("how", ["plan", "calibrate", "search"])
 def test_a_target_becomes_a_pruning(run, tmp_path, how):
-    said = run("--how", how, "--target_macs", "0.6", "--max_inputs", "12", "--batch_size", "6")
+    given = ("--target_macs", "0.6", "--max_inputs", "24", "--batch_size", "12", "--held_back", "20")
+    said = run("--how", how, *given)
     report = json.loads((tmp_path / "plan.json").read_text())
     assert said.startswith(report["verdict"]) and " of the MACs" in said
     pruning = PruningConfig.from_dict(written_pruning(str(tmp_path / "pruning.json"), None))
     assert pruning.to_dict() == report["pruning"] and pruning.protected_token_ids == (3,)
     assert (tmp_path / "front.png").exists() == (how == "search")
+    costs = {row["pruning"]: row["macs_where_found"] for row in report["held_back"]}
+    found, nothing = costs.pop(how), costs.pop("nothing")
+    assert found < nothing < 1 and list(costs) == ["top_k at the usual sites"]
+    assert abs(costs["top_k at the usual sites"] - found) <= 0.002, "compared at one cost"
 
 
 def test_a_table_goes_with_its_model(run, tmp_path):
@@ -56,19 +63,36 @@ def test_a_table_goes_with_its_model(run, tmp_path):
     report = json.loads((tmp_path / "plan.json").read_text())
     assert f"is {tmp_path / 'model'}." in said and model.config.pruning.to_dict() == report["pruning"]
     assert not model.base_model.prior_tables()[0].empty
-    assert [row["pruning"] for row in report["held_back"]][1:] == ["calibrate", "nothing"]
+    rows = {row["pruning"]: row for row in report["held_back"]}
+    usual, own = "top_k at the usual sites", "top_k at [1, 2] by cls_attention"
+    assert list(rows) == [usual, own, "calibrate", "nothing"]
+    assert rows["calibrate"]["macs_where_found"] == pytest.approx(report["macs"])
     subject = load_subject(ProfileArguments(model_name_or_path=str(tmp_path / "model"), lengths=[32]), "cpu")
     assert torch.equal(subject.models["pruned"].base_model.prior_tables()[0].worth, model.bert.prior_tables()[0].worth)
 
 
-def test_a_speedup_is_measured_again(run, tmp_path, monkeypatch):
+def test_a_speedup_is_measured_again_over_each_baseline(run, tmp_path, monkeypatch):
+    def time_interleaved(calls: dict, **_: object) -> dict[object, Timing]:
+        return {name: Timing((2.0 if name == "stock" else 0.4 + name,) * 3) for name in calls}
+
     monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path))
-    said = run("--target_speedup", "1.01", "--max_inputs", "12", "--rounds", "3")
+    monkeypatch.setattr(latency_curve, "time_interleaved", time_interleaved)  # planned by this, measured by the clock
+    said = run("--target_speedup", "1.5", "--max_inputs", "12", "--batch_size", "6", "--rounds", "3")
     report = json.loads((tmp_path / "plan.json").read_text())
-    if report["pruning"] is None:
-        assert "Leave pruning off" in said
-    else:
-        assert report["measured"]["speedup"] > 0 and report["measured"]["rounds"] == 3 and "Measured: " in said
+    assert report["met"] and report["speedup"] == 1.5
+    rows = {row["model"]: row for row in report["measured"]}
+    assert list(rows) == ["padded", "unpadded", "pruned"]
+    for name, row in rows.items():
+        low, high = row["quartiles"]
+        assert row["rounds"] == 3 and row["inputs"] == 6 and 0 < low <= row["milliseconds_per_input"] <= high
+        for other, slower in rows.items():
+            assert row[f"speedup_to_{other}"] * slower[f"speedup_to_{name}"] == pytest.approx(1.0)
+            assert row[f"speedup_to_{other}_at_least"] <= row[f"speedup_to_{other}"]
+    pruned = rows["pruned"]
+    assert 0 < pruned["mac_ratio_to_unpadded"] < 1
+    assert pruned["realised"] == pytest.approx(pruned["speedup_to_unpadded"] * pruned["mac_ratio_to_unpadded"])
+    over = [pruned[f"speedup_to_{name}"] for name in ("unpadded", "padded")]
+    assert "Measured: {:.2f}x over nothing pruned, {:.2f}x over the padded stock model.".format(*over) in said
 
 
 def test_where_nothing_is_to_be_pruned(run, tmp_path):
@@ -76,7 +100,32 @@ def test_where_nothing_is_to_be_pruned(run, tmp_path):
     assert PruningConfig.from_dict(json.loads((tmp_path / "pruning.json").read_text())) == PruningConfig()
 
 
-def test_a_mistake_is_one_sentence(run):
+MISTAKES = {
+    "target": (["--how", "search"], "target_macs (None) must be given to search"),
+    "device": (["--target_macs", "0.5", "--device", "fridge"], "device ('fridge') must be cpu or cuda"),
+    "no CUDA": (["--target_macs", "0.5", "--device", "cuda"], "device ('cuda') must be there, and torch finds no"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence(run, tmp_path, monkeypatch, mistake):
+    more, words = MISTAKES[mistake]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
-        run("--how", "search")
-    assert error.value.code == "ValueError: target_macs (None) must be given to search"
+        run(*more)
+    assert error.value.code.startswith(f"ValueError: {words}") and "\n" not in error.value.code
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_without_rows_are_one_sentence(run, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(SystemExit) as error:
+        run("--target_macs", "0.5", "--dataset_name", str(empty))
+    assert error.value.code == f"ValueError: {empty} must have at least one row in every split"
+
+
+def test_the_report_says_on_which_device(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "describe_machine", lambda *device: {"device": [str(each) for each in device]})
+    run("--target_macs", "0.6", "--max_inputs", "6")
+    assert json.loads((tmp_path / "plan.json").read_text())["where"] == {"device": ["cpu"], "dtype": "float32"}

@@ -1,6 +1,7 @@
 """`search_schedule`: the best of what was measured is chosen, and a search that was interrupted goes on."""
 
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from tiny import BERT, Case, build, text_inputs
 from transformers import BertForSequenceClassification
 
 from hf_tokenprune import count_macs, prune, search_schedule
-from hf_tokenprune.planning.search import Point, Search
+from hf_tokenprune.planning import search as searching
+from hf_tokenprune.planning.search import Point, Search, accuracy
 from hf_tokenprune.viz.search_plots import pareto_front
 
 
@@ -24,10 +26,13 @@ def labelled_batches() -> list[dict[str, torch.Tensor]]:
         return [batch | {"labels": MODEL(**batch).logits.argmax(dim=-1)} for batch in batches]
 
 
+GIVEN = {"target_macs": 0.5, "protected_token_ids": [3]}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, Path]:
     path = tmp_path_factory.mktemp("search") / "points.json"
-    return search_schedule(MODEL, labelled_batches(), target_macs=0.5, resume_from=path, protected_token_ids=[3]), path
+    return search_schedule(MODEL, labelled_batches(), resume_from=path, **GIVEN), path
 
 
 def test_the_best_at_the_target_is_chosen(found):
@@ -45,16 +50,91 @@ def test_the_best_at_the_target_is_chosen(found):
     assert not any(p.macs <= f.macs and p.score > f.score for f in front for p in search.points)
 
 
-def test_a_search_goes_on_where_it_was(found, tmp_path):
-    search, path = found
-    stored = json.loads(path.read_text())
-    half = tmp_path / "half.json"
-    half.write_text(json.dumps(stored | {"points": stored["points"][: len(stored["points"]) // 2]}))
-    given = {"target_macs": 0.5, "protected_token_ids": [3]}
-    again = search_schedule(MODEL, labelled_batches(), resume_from=half, **given)
-    assert again == search and json.loads(half.read_text()) == stored
-    with pytest.raises(ValueError, match="of the same model and inputs"):
-        search_schedule(MODEL, labelled_batches()[:1], resume_from=half, **given)
+class Evaluations(list):
+    """The prunings that were run, each with its number of batches; an interrupt comes after so many."""
+
+    limit = float("inf")
+
+
+@pytest.fixture
+def evaluations(monkeypatch) -> Evaluations:
+    ran, run = Evaluations(), searching.run_pruned
+
+    def run_pruned(model, pruning, batches):
+        if len(ran) >= ran.limit:
+            raise KeyboardInterrupt
+        ran.append((json.dumps(pruning and pruning.to_dict()), len(batches)))
+        return run(model, pruning, batches)
+
+    monkeypatch.setattr(searching, "run_pruned", run_pruned)
+    return ran
+
+
+def points(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["points"] if path.exists() else []
+
+
+def test_an_interrupted_search_goes_on_where_it_was(found, evaluations, tmp_path):
+    whole, path = found
+    mine, starts, again = tmp_path / "points.json", 0, None
+    evaluations.limit = 50
+    while again is None:
+        known, starts = {json.dumps(point["pruning"]) for point in points(mine)}, starts + 1
+        evaluations.clear()
+        try:
+            again = search_schedule(MODEL, labelled_batches(), resume_from=mine, **GIVEN)
+        except KeyboardInterrupt:
+            assert len(points(mine)) > len(known)
+        measured = [pruning for pruning, batches in evaluations if batches == 3]
+        assert measured.count("null") == (2 if starts == 1 else 1)  # again for its logits, which all are compared with
+        assert not known & (set(measured) - {"null"})
+    assert starts > 2 and again == whole and json.loads(mine.read_text()) == json.loads(path.read_text())
+    evaluations.clear()
+    assert search_schedule(MODEL, labelled_batches(), resume_from=mine, **GIVEN) == whole and not evaluations
+
+
+def other(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return 1.0 - accuracy(logits, labels)
+
+
+def test_only_the_same_search_goes_on(found):
+    _, path = found
+    batches = labelled_batches()
+    turned = [batch | {"labels": (batch["labels"] + 1) % 3} for batch in batches]
+    others = [
+        (batches[:1], GIVEN),
+        (turned, GIVEN),
+        (batches, GIVEN | {"metric": other}),
+        (batches, GIVEN | {"min_tokens": 9}),
+    ]
+    for inputs, given in others:
+        with pytest.raises(ValueError, match="the same model, inputs, metric and options, and is of another"):
+            search_schedule(MODEL, inputs, resume_from=path, **given)
+
+
+class Metric:
+    def __call__(self, *given: torch.Tensor) -> float:
+        return accuracy(*given)
+
+
+@pytest.mark.parametrize("metric", [lambda *_: 0.0, partial(accuracy), Metric(), Metric().__call__])
+def test_a_metric_without_a_name_of_its_own_is_not_resumed(metric, tmp_path):
+    with pytest.raises(ValueError, match=r"metric \(.*\) must be a function of a module"):
+        search_schedule(MODEL, labelled_batches(), resume_from=tmp_path / "points.json", metric=metric, **GIVEN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_that_is_measured_shows_as_progress(found):
+    whole, path = found
+    shown = []
+
+    def progress(wishes):
+        shown.append(len(wishes))
+        return wishes
+
+    search_schedule(MODEL, labelled_batches(), resume_from=path, progress=progress, **GIVEN)
+    schedules, front = shown
+    assert front == searching.BEST * len(searching.FRONT) and schedules + front + 1 >= len(whole.points) > schedules
 
 
 def test_what_makes_no_sense_is_refused():

@@ -1,6 +1,7 @@
 """What stands above the models: data, metrics, time, and the stranger's process."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -73,6 +74,32 @@ def test_local_files_with_columns_of_their_own(kind, tmp_path):
     assert len(splits["train"]) + len(splits["test"]) == 20
     with pytest.raises(ValueError, match=r"column 'label' is not in .*'kind'"):
         load_classification(str(path), input_column="body")
+
+
+UNREADABLE = {
+    "empty.jsonl": ("", "must have at least one row in every split"),
+    "empty.json": ("[]", "must have at least one row in every split"),
+    "empty.csv": ("", "must have at least one row in every split"),
+    "header.csv": ("text,label\n", "must have at least one row in every split"),
+    "one.jsonl": ('{"text": "w4", "label": "a"}\n', "(1 row) must have at least two rows: one to train"),
+    "torn.jsonl": ('{"text": "w4"', "cannot be read: JSON parse error"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_data_that_cannot_be_read_are_named_with_the_rule(name, tmp_path):
+    content, words = UNREADABLE[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} {words}")):
+        load_classification(str(tmp_path / name))
+
+
+def test_no_split_may_be_without_rows(tmp_path):
+    rows = "".join(json.dumps({"text": "w4", "label": label}) + "\n" for label in "ab")
+    for split, content in {"train": rows, "test": ""}.items():
+        (tmp_path / f"{split}.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} must have at least one row in every split")):
+        load_classification(str(tmp_path))
 
 
 def test_a_stranger_computes_the_same(tmp_path):

@@ -11,6 +11,7 @@ from ..metrics import paired_bootstrap
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_outputs import EncoderCall
 from ..profiling.macs import count_call, evaluating
+from .plan import closest_rate
 
 
 Batches = Sequence[Mapping[str, Any]]
@@ -35,6 +36,26 @@ def run_pruned(model: PreTrainedModel, pruning: PruningConfig | None, batches: B
             count = count_call(call, twin.config)
             cost, whole = cost + count.total, whole + count.unpruned
     return cost / whole, torch.cat(logits)
+
+
+def top_k_of_same_cost(
+    model: PreTrainedModel, batches: Batches, pruning: PruningConfig | None, layers: Sequence[int], **given: Any
+) -> tuple[PruningConfig, float, float]:
+    """`top_k` at other layers that costs on these inputs what a pruning does, or as closely as thousandths come.
+
+    Args:
+        given: further hyper-parameters of `top_k`: `saliency`, `protected_token_ids` and the like.
+
+    Returns:
+        With its MAC ratio, and the pruning's.
+    """
+
+    def top_k(thousandths: int) -> PruningConfig:
+        return PruningConfig.preset("top_k", layers=layers, keep_rate=thousandths / 1000, **given)
+
+    target = run_pruned(model, pruning, batches)[0]
+    rate, macs = closest_rate(lambda rate: run_pruned(model, top_k(rate), batches)[0], target)
+    return top_k(rate), macs, target
 
 
 def compare_held_back(

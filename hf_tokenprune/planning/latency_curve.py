@@ -103,6 +103,6 @@ def _key(model: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequence[int
     mask = inputs.get("attention_mask")
     lengths = sorted(mask.sum(dim=1).tolist()) if mask is not None else None
     shapes = {name: list(value.shape) for name, value in inputs.items()}
-    dtype, machine = str(model.dtype), describe_machine(model.device)
-    key = [type(model).__name__, config, shapes, lengths, list(layers), common, dtype, machine, RATES]
+    kernel, machine = [str(model.dtype), model.config._attn_implementation], describe_machine(model.device)
+    key = [type(model).__name__, config, shapes, lengths, list(layers), common, kernel, machine, RATES]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,7 +1,7 @@
 """`plan`: from a target MAC ratio, speed-up or latency to the `PruningConfig` that meets it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,6 +13,8 @@ from .latency_curve import LatencyCurve, measure_curve
 
 
 WORTH_IT = 1.03  # a speed-up below this is not told from the clock's own spread
+CLOSE = 0.01  # of the MAC ratio: as far as a target may be missed where tokens are few and each of them counts
+NOT_TIMED = "Time on this device was not looked at: target_speedup and target_latency ask for it."
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Plan:
 
     Args:
         pruning: for `set_pruning`; None: leave it off.
-        met: whether the target can be met.
+        met: whether the target can be met: a MAC ratio within 0.01, a time by what was measured here.
         macs: the MAC ratio (total / unpruned) on the given batch.
         speedup: over our engine with nothing pruned, on this device; None where time was not asked for.
         seconds: for the given batch, likewise.
@@ -49,8 +51,8 @@ def plan(
     """Which layers prune how much, so that a batch like this one meets a target.
 
     The rule is `top_k`: its counts follow from lengths alone, so that what is planned is what comes. Sites are at a
-    quarter, half and three quarters of the depth; where the target asks for more than those can give, every layer from
-    a later or, at last, the first one on prunes.
+    quarter, half and three quarters of the depth; where those cannot meet the target, every layer from a later or, at
+    last, the first one on prunes. Where none can, the closest of all is planned and `met` is false.
 
     Args:
         model: a native model of a supported family, or one of ours.
@@ -74,19 +76,16 @@ def plan(
         raise ValueError(f"{name} ({value!r}) must be a number above 0")
     if name == "target_macs" and value > 1:
         raise ValueError(f"target_macs ({value!r}) must be in (0, 1]")
-    planner = _Planner(model, inputs, common)
-    if name == "target_macs":
-        return planner.for_macs(value, layers)
-    layers = default_layers(model.config.num_hidden_layers) if layers is None else layers
-    curve = measure_curve(model, inputs, layers, common=common)
-    wanted = value if name == "target_speedup" else curve.seconds[0] / value
-    return planner.for_speedup(wanted, layers, curve)
+    planner = _Planner(model, inputs, common, layers)
+    return planner.for_macs(value) if name == "target_macs" else planner.for_time(name, value)
 
 
 class _Planner:
-    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], common: dict[str, Any]):
+    def __init__(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], common: dict[str, Any], layers: Sequence[int] | None
+    ):
         self.model, self.inputs, self.common = model, inputs, common
-        self.depth = model.config.num_hidden_layers
+        self.choices = _choices(model.config.num_hidden_layers) if layers is None else [list(layers)]
 
     def top_k(self, layers: Sequence[int], thousandths: int) -> PruningConfig:
         return PruningConfig.preset("top_k", layers=layers, keep_rate=thousandths / 1000, **self.common)
@@ -94,65 +93,73 @@ class _Planner:
     def macs(self, pruning: PruningConfig | None) -> float:
         return count_macs(prune(self.model, pruning), self.inputs).ratio
 
-    def for_macs(self, target: float, layers: Sequence[int] | None) -> Plan:
+    def for_macs(self, target: float) -> Plan:
         unpruned = self.macs(None)
         if unpruned <= target:
-            return Plan(
-                None, True, unpruned, None, None, f"With nothing pruned it costs {unpruned:.3f} of the MACs already."
-            )
-        choices = self._choices() if layers is None else [list(layers)]
-        for sites in choices:
-            least = self.macs(self.top_k(sites, 1))
-            if least <= target:
-                return self._closest(sites, target)
-        pruning = self.top_k(choices[-1], 1)
-        return Plan(
-            pruning,
-            False,
-            least,
-            None,
-            None,
-            f"{target:.3f} of the MACs cannot be met; the closest: {least:.3f}, with sites at {choices[-1]} that keep "
-            "next to nothing.",
-        )
-
-    def _choices(self) -> list[list[int]]:
-        usual = default_layers(self.depth)
-        return [usual, *(list(range(first, self.depth)) for first in range(usual[0], -1, -1))]
-
-    def _closest(self, sites: Sequence[int], target: float) -> Plan:
-        """MACs rise with the rate: bisection over thousandths, and the closer of the two neighbours."""
-        low, high = 1, 1000
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.macs(self.top_k(sites, middle)) <= target else (low, middle)
-        ratios = {rate: self.macs(self.top_k(sites, rate)) for rate in (low, high)}
-        rate = min(ratios, key=lambda rate: abs(ratios[rate] - target))
-        verdict = f"top_k with keep_rate {rate / 1000} at layers {list(sites)} costs {ratios[rate]:.3f} of the MACs."
-        return Plan(self.top_k(sites, rate), True, ratios[rate], None, None, verdict)
-
-    def for_speedup(self, wanted: float, layers: Sequence[int], curve: LatencyCurve) -> Plan:
-        best = max(curve.speedups)
-        if best < WORTH_IT:
-            return Plan(
-                None,
-                wanted <= 1.0,
-                self.macs(None),
-                1.0,
-                curve.seconds[0],
-                f"Leave pruning off: for this batch on this device it gains at most {best:.2f}x.",
-            )
-        if wanted <= 1.0:
-            verdict = f"With nothing pruned it takes {curve.seconds[0]:.4f} s, which meets the target."
-            return Plan(None, True, self.macs(None), 1.0, curve.seconds[0], verdict)
-        rate = curve.rate_for(wanted)
-        met = rate is not None
-        fastest = curve.rates[curve.speedups.index(best)]
-        thousandths = round(1000 * (rate if met else fastest))
-        expected = wanted if met else best
-        pruning = self.top_k(layers, thousandths)
-        what = f"top_k with keep_rate {thousandths / 1000} at layers {list(layers)}"
-        verdict = f"{what} gains {expected:.2f}x over nothing pruned."
+            verdict = f"With nothing pruned it costs {unpruned:.3f} of the MACs already."
+            return Plan(None, True, unpruned, None, None, verdict)
+        found = []
+        for sites in self.choices:
+            found.append((sites, *self._closest(sites, target)))
+            if abs(found[-1][-1] - target) <= CLOSE:
+                break
+        sites, rate, macs = min(found, key=lambda each: abs(each[-1] - target))
+        met = abs(macs - target) <= CLOSE
+        verdict = f"{_words(sites, rate)} costs {macs:.3f} of the MACs."
         if not met:
-            verdict = f"{wanted:.2f}x cannot be met with sites at {list(layers)}; the closest: {verdict}"
-        return Plan(pruning, met, self.macs(pruning), expected, curve.seconds[0] / expected, verdict)
+            verdict = f"{target:.3f} of the MACs cannot be met within {CLOSE}; the closest: {verdict}"
+        return Plan(self.top_k(sites, rate), met, macs, None, None, f"{verdict} {NOT_TIMED}")
+
+    def _closest(self, sites: Sequence[int], target: float) -> tuple[int, float]:
+        return closest_rate(lambda rate: self.macs(self.top_k(sites, rate)), target)
+
+    def for_time(self, name: str, value: float) -> Plan:
+        found = []
+        for sites in self.choices:
+            curve = measure_curve(self.model, self.inputs, sites, common=self.common)
+            wanted = value if name == "target_speedup" else curve.seconds[0] / value
+            if wanted <= 1.0:
+                verdict = f"With nothing pruned it takes {curve.seconds[0]:.4f} s, which meets the target."
+                return Plan(None, True, self.macs(None), 1.0, curve.seconds[0], verdict)
+            best, rate = max(curve.speedups), curve.rate_for(wanted)
+            if best >= WORTH_IT and rate is not None:
+                return self._faster(sites, rate, wanted, curve)
+            found.append((best, sites, curve, wanted))
+        best, sites, curve, wanted = max(found, key=lambda each: each[0])
+        if best < WORTH_IT:
+            verdict = f"Leave pruning off: for this batch on this device it gains at most {best:.2f}x."
+            return Plan(None, False, self.macs(None), 1.0, curve.seconds[0], verdict)
+        closest = self._faster(sites, curve.rates[curve.speedups.index(best)], best, curve)
+        where = " or ".join(map(str, self.choices))
+        verdict = f"{wanted:.2f}x cannot be met with sites at {where}; the closest: {closest.verdict}"
+        return replace(closest, met=False, verdict=verdict)
+
+    def _faster(self, sites: Sequence[int], rate: float, expected: float, curve: LatencyCurve) -> Plan:
+        thousandths = round(1000 * rate)
+        pruning = self.top_k(sites, thousandths)
+        verdict = f"{_words(sites, thousandths)} gains {expected:.2f}x over nothing pruned."
+        return Plan(pruning, True, self.macs(pruning), expected, curve.seconds[0] / expected, verdict)
+
+
+def closest_rate(macs_at: Callable[[int], float], target: float) -> tuple[int, float]:
+    """The keep rate, in thousandths, that costs closest to the target, and its MAC ratio.
+
+    MACs rise with the rate: bisection, and the closer of the two neighbours.
+    """
+    low, high = 1, 1000
+    ratios = {rate: macs_at(rate) for rate in (low, high)}
+    while high - low > 1 and ratios[low] < target:
+        middle = (low + high) // 2
+        ratios[middle] = macs_at(middle)
+        low, high = (middle, high) if ratios[middle] <= target else (low, middle)
+    return min(((rate, ratios[rate]) for rate in (low, high)), key=lambda each: abs(each[1] - target))
+
+
+def _choices(depth: int) -> list[list[int]]:
+    usual = default_layers(depth)
+    runs = [list(range(first, depth)) for first in range(usual[0], -1, -1)]
+    return [usual, *(run for run in runs if run != usual)]
+
+
+def _words(sites: Sequence[int], thousandths: int) -> str:
+    return f"top_k with keep_rate {thousandths / 1000} at layers {list(sites)}"

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +91,16 @@ def search_schedule(
         target_macs: multiply-accumulates of the pruned encoder / of the stock encoder on the same unpadded tokens.
         metric: from logits and labels to a number, higher is better.
         saliencies: scores that are tried.
-        resume_from: a JSON file with what was measured before; it is written after every measurement.
-        progress: wraps the iteration over schedules, for example `tqdm`.
+        resume_from: a JSON file with what was found before; it is written after every measurement. Metrics are told
+            apart by name, not by what they compute: one that has changed under its name wants a new file.
+        progress: wraps the iteration over schedules, and then that over the front, for example `tqdm`.
         common: `protected_token_ids`, `min_tokens`, `execution`.
 
     Raises:
         TypeError: a model without logits.
-        ValueError: a target outside (0, 1] or out of reach of all schedules, batches without labels, none at all, or a
-            file of another search.
+        ValueError: a target outside (0, 1] or out of reach of all schedules, batches without labels, none at all, a
+            file of another search, or one together with a metric that has no name of its own (lambdas, local
+            functions, bound methods and other objects).
     """
     if isinstance(target_macs, bool) or not isinstance(target_macs, int | float) or not 0 < target_macs <= 1:
         raise ValueError(f"target_macs ({target_macs!r}) must be in (0, 1]")
@@ -110,7 +114,8 @@ def search_schedule(
     if not reached:
         raise ValueError(f"target_macs ({target_macs}) must be in reach: none of {len(schedules)} schedules costs it")
     best = sorted(reached, key=lambda pair: (-pair[0].score, pair[0].divergence))
-    more = [searcher.at(*schedule, macs) for _, schedule in best[:BEST] for macs in FRONT]
+    front = [(*schedule, macs) for _, schedule in best[:BEST] for macs in FRONT]
+    more = [searcher.at(*wish) for wish in progress(front)]
     points = [whole, *(point for point, _ in reached), *(point for point in more if point is not None)]
     return Search(best[0][0], points)
 
@@ -127,48 +132,83 @@ def _schedules(depth: int, saliencies: Sequence[str]) -> Iterator[tuple[list[int
             yield list(sites), saliency
 
 
+def _name_of(metric: Metric) -> str:
+    """The qualified name under which a metric is found again.
+
+    Raises:
+        ValueError: it has none, so that nobody could tell it from another one.
+    """
+    module, name = getattr(metric, "__module__", None), getattr(metric, "__qualname__", type(metric).__qualname__)
+    try:
+        found = attrgetter(name)(sys.modules[module])
+    except (AttributeError, KeyError):
+        found = None
+    if found is not metric:
+        raise ValueError(f"metric ({name}) must be a function of a module to resume a search of it: a name tells it")
+    return f"{module}.{name}"
+
+
+def _digest(value: torch.Tensor) -> str:
+    return hashlib.sha256(value.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
 class _Searcher:
-    """Measures, and remembers what it measured."""
+    """Measures, and remembers what it found."""
 
     def __init__(
         self, model: PreTrainedModel, batches: Batches, metric: Metric, common: dict[str, Any], path: Path | None
     ):
         self.model, self.batches, self.metric, self.common, self.path = model, batches, metric, common, path
         self.sample = batches[:: max(1, len(batches) // 2)][:2]  # on which keep rates are found
-        self.key, self.known = self._key(), {}
+        self.known: dict[str, Point] = {}  # by pruning
+        self.rates: dict[str, float | None] = {}  # by sites, saliency and target
+        if path is not None:
+            self.key = self._key()
         if path is not None and path.exists():
             stored = json.loads(path.read_text())
             if stored.get("of") != self.key:
-                raise ValueError(f"resume_from ({path}) must be of the same model and inputs, and is of others")
+                rule = "must be of a search with the same model, inputs, metric and options, and is of another"
+                raise ValueError(f"resume_from ({path}) {rule}")
             self.known = {json.dumps(point["pruning"]): Point(**point) for point in stored["points"]}
+            self.rates = stored["rates"]
 
     def _key(self) -> str:
-        hasher = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            hasher.update(f"{name} {value.float().sum().item()!r}".encode())
-        for batch in self.batches:
-            hasher.update(repr([(name, value.float().sum().item()) for name, value in sorted(batch.items())]).encode())
-        return hasher.hexdigest()[:16]
+        usual = self.top_k(default_layers(self.model.config.num_hidden_layers), SALIENCIES[0], 1.0)
+        weights = [(name, _digest(value)) for name, value in sorted(self.model.state_dict().items())]
+        inputs = [[(name, _digest(value)) for name, value in sorted(batch.items())] for batch in self.batches]
+        of = [_name_of(self.metric), usual.to_dict(), weights, inputs]
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+
+    def _write(self) -> None:
+        if self.path is not None:
+            points = [asdict(point) for point in self.known.values()]
+            stored = {"of": self.key, "points": points, "rates": self.rates}
+            write_atomically(self.path, json.dumps(stored, indent=1).encode())
 
     @cached_property
     def unpruned_logits(self) -> torch.Tensor:  # [n, C]
         return run_pruned(self.model, None, self.batches)[1]
 
+    def top_k(self, layers: list[int], saliency: str, rate: float) -> PruningConfig:
+        return PruningConfig.preset("top_k", layers=layers, keep_rate=round(rate, 3), saliency=saliency, **self.common)
+
     def at(self, layers: list[int], saliency: str, target: float) -> Point | None:
         """These sites at the keep rate that costs the target; None: no rate does."""
+        wish = json.dumps([layers, saliency, target])
+        if wish not in self.rates:
+            self.rates[wish] = self._rate(layers, saliency, target)
+            self._write()
+        rate = self.rates[wish]
+        return None if rate is None else self.measure(self.top_k(layers, saliency, rate))
 
-        def top_k(rate: float) -> PruningConfig:
-            return PruningConfig.preset(
-                "top_k", layers=layers, keep_rate=round(rate, 3), saliency=saliency, **self.common
-            )
-
+    def _rate(self, layers: list[int], saliency: str, target: float) -> float | None:
         def excess(rate: float) -> float:
-            off = run_pruned(self.model, top_k(rate), self.sample)[0] - target
+            off = run_pruned(self.model, self.top_k(layers, saliency, rate), self.sample)[0] - target
             return 0.0 if abs(off) < CLOSE else off
 
         if excess(0.001) > 0 or excess(1.0) < 0:
             return None
-        return self.measure(top_k(brentq(excess, 0.001, 1.0, xtol=0.001)))
+        return brentq(excess, 0.001, 1.0, xtol=0.001)
 
     def measure(self, pruning: PruningConfig | None) -> Point:
         written = None if pruning is None else pruning.to_dict()
@@ -181,7 +221,5 @@ class _Searcher:
         divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
         point = Point(written, macs, self.metric(logits, labels), divergence)
         self.known[json.dumps(written)] = point
-        if self.path is not None:
-            stored = {"of": self.key, "points": [asdict(point) for point in self.known.values()]}
-            write_atomically(self.path, json.dumps(stored, indent=1).encode())
+        self._write()
         return point

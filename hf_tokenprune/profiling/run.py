@@ -30,7 +30,7 @@ def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], obje
         OSError, TypeError, ValueError: as `load_subject` has them; a device that is not there.
         RuntimeError: out of memory with one input.
     """
-    accelerator = _accelerator(arguments.device)
+    accelerator = accelerator_on(arguments.device)
     subject = load_subject(arguments, accelerator.device)
     tried: list[int] = []
 
@@ -51,7 +51,7 @@ def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], obje
     return measure()
 
 
-def _accelerator(device: str | None) -> Accelerator:
+def accelerator_on(device: str | None) -> Accelerator:
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device ({device!r}) must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
