@@ -239,6 +239,25 @@ def test_budgets_are_found(pruning, tmp_path):
         trainer_for(pruning, tmp_path, budgets=[0.1], max_steps=1).train()
 
 
+@pytest.mark.parametrize("relative_to", ["median", "total"])
+def test_thresholds_meet_a_target_without_an_objective(relative_to, tmp_path):
+    start = {"preset": "adaptive", "layers": [1, 2], "threshold": [0.1, 0.2], "relative_to": relative_to}
+    start = {**start, "prior_threshold": 0.05}
+    trainer = trainer_for(start, tmp_path, target_macs=0.6, keep_rate_warmup_end=0.5, prior_samples=16)
+    trainer.train()
+    pruning = trainer.pruned.config.pruning
+    ratios = [value / first for value, first in zip(pruning.values, PruningConfig.coerce(start, 4).values)]
+    assert ratios == pytest.approx([ratios[0]] * 3) and ratios[0] != 1.0  # one factor
+    assert trainer.evaluate(trainer.train_dataset)["eval_mac_ratio"] == pytest.approx(0.6, abs=0.02)
+    with pytest.raises(ValueError, match=r"target_macs \(0.01\) must be at least 0\.\d"):
+        trainer_for(start, tmp_path, target_macs=0.01, prior_samples=16).train()
+    with pytest.raises(ValueError, match=r"target_macs \(0.6\) needs thresholds to move, .* not \['keep_rate'\]"):
+        trainer_for(TOP_K, tmp_path, target_macs=0.6)
+    for other in (None, BUDGET):
+        with pytest.raises(ValueError, match=r"target_macs \(0.6\) needs a pruning without an objective"):
+            trainer_for(other, tmp_path, target_macs=0.6)
+
+
 def test_the_pruner_has_a_learning_rate_of_its_own(tmp_path):
     trainer = trainer_for(BUDGET, tmp_path, pruner_learning_rate=0.5, learning_rate=1e-9, weight_decay=0.1)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}

@@ -38,8 +38,12 @@ class TokenPruneTrainingArguments(TrainingArguments):
     budget_warmup: float = field(
         default=0.4, metadata={"help": "Share of the soft phase in which the target falls to target_macs."}
     )
+    target_macs: float | None = field(
+        default=None,
+        metadata={"help": "MAC ratio that thresholds move to, before training and after; an objective has its own."},
+    )
     budget_samples: int = field(
-        default=256, metadata={"help": "Training inputs on which, at the end, the learned thresholds meet the budget."}
+        default=256, metadata={"help": "Training inputs on which thresholds are found that meet a MAC ratio."}
     )
     prior_samples: int = field(
         default=1000,
@@ -71,7 +75,9 @@ class TokenPruneTrainingArguments(TrainingArguments):
             _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "> 0")
         for budget in self.budgets or ():
             _check("budgets", budget, 0.0 < budget <= 1.0, "in (0, 1]")
-        _check("budget_samples", self.budget_samples, self.budget_samples or not self.budgets, "> 0 with budgets")
+        _check("target_macs", self.target_macs, self.target_macs is None or 0.0 < self.target_macs <= 1.0, "in (0, 1]")
+        wanted = self.budgets or self.target_macs is not None
+        _check("budget_samples", self.budget_samples, self.budget_samples or not wanted, "> 0 with a MAC ratio to meet")
         start, end = self.keep_rate_warmup_start, self.keep_rate_warmup_end
         _check(
             "keep_rate_warmup_start", start, start < end or not (start or end), f"below keep_rate_warmup_end ({end})"

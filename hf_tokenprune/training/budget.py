@@ -10,6 +10,7 @@ from ..modeling.pruning_config import PruningConfig
 
 OCTAVES = 6.0  # of thresholds, up and down
 CLOSE = 0.002
+THRESHOLDS = frozenset({"threshold", "relative_threshold", "median_threshold"})  # rules whose values are these
 HIGHEST = 1e6  # of a threshold: no score reaches it
 
 

@@ -16,6 +16,15 @@ import yaml
 from ..metrics import paired_bootstrap
 
 
+# How a pruning is trained: a run without one takes none of these, and shares all else with the pruned one.
+OF_A_PRUNING = (
+    "target_macs",
+    "keep_rate_warmup_start",
+    "keep_rate_warmup_end",
+    "in_place_distillation",
+    "sandwich_samples",
+    "budgets",
+)
 CONTROL = "control"  # the baseline trained on with nothing pruned, which all others are compared with
 
 
@@ -55,6 +64,8 @@ class Recipe:
             return self.baseline | place
         baseline = str(folder / "baseline" / "model")
         given = self.others[name] | place | {"model_name_or_path": baseline}
+        if given.get("pruning") is None:
+            given = {argument: value for argument, value in given.items() if argument not in OF_A_PRUNING}
         taught = any(given.get(weight) for weight in ("distillation_weight", "token_distillation_weight"))
         return given | ({"teacher_name_or_path": baseline} if taught else {})
 
@@ -67,7 +78,7 @@ def summarise(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
 
     Returns:
         Accuracies and MACs; the difference to the control in points of accuracy, with its 95 % interval by a paired
-        bootstrap over test inputs and seeds.
+        bootstrap over test inputs and seeds; and that interval to the baseline, where it is among the runs.
 
     Raises:
         ValueError: runs that were tested on other inputs than the control.
@@ -79,6 +90,10 @@ def summarise(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
         if [report["labels"] for report in own] != [report["labels"] for report in reports[CONTROL]]:
             raise ValueError(f"{name!r} must be tested on the inputs that {CONTROL!r} was tested on, in the same order")
         low, high = paired_bootstrap(right(own), control)
+        started = {}
+        if "baseline" in reports:
+            ends = paired_bootstrap(right(own), right(reports["baseline"]))
+            started = {"interval_to_baseline": [100 * end for end in ends]}
         rows.append(
             {
                 "run": name,
@@ -88,6 +103,7 @@ def summarise(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
                 "accuracies": [100 * report["test"]["test_accuracy"] for report in own],
                 "points_to_control": 100 * float((right(own) - control).mean()),
                 "interval": [100 * low, 100 * high],
+                **started,
                 "gmacs": _mean(own, "test_gmacs"),
                 "mac_ratio_to_unpadded": _mean(own, "test_gmacs") / unpadded,
                 "mac_ratio_to_stock": _mean(own, "test_mac_ratio"),

@@ -21,7 +21,7 @@ from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
-from .budget import check_reach, thresholds_for_budget, with_budgets
+from .budget import THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, kept_token_mse, kl_to_teacher
 from .resuming import last_whole_checkpoint
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
@@ -41,6 +41,7 @@ class TokenPruneTrainer(Trainer):
           1e9 MACs.
         - Logs carry the MAC ratio and the alive tokens of each site.
         - Predictions are in the data's order, grouped by length or not: padding costs nothing here.
+        - With `target_macs` thresholds move together, before training and after it, until training inputs cost that.
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
         - A checkpoint's state is written when all processes have written their part, and `resume_from_checkpoint=True`
           goes on from the last one that was written to its end, whenever the run was killed.
@@ -102,6 +103,17 @@ class TokenPruneTrainer(Trainer):
                     "values that this would set"
                 )
 
+        if args.target_macs is not None:
+            self._check_target(pruning)
+
+    def _check_target(self, pruning: PruningConfig | None) -> None:
+        target = f"target_macs ({self.args.target_macs})"
+        if pruning is None or pruning.objective is not None:
+            raise ValueError(f"{target} needs a pruning without an objective, which has its own")
+        rules = {stage.rule for stage in pruning.stages}
+        if not rules or not rules <= THRESHOLDS:
+            raise ValueError(f"{target} needs thresholds to move, rules {sorted(THRESHOLDS)}, not {sorted(rules)}")
+
     def _add_schedules(self) -> None:
         args, pruning = self.args, self.pruned.config.pruning
         self._warmup = None
@@ -139,22 +151,30 @@ class TokenPruneTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"output_dir ({folder}) must hold a checkpoint that was written to its end")
         pruning, budgets = self.pruned.config.pruning, self.args.budgets
-        target = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
+        learned = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
+        target = self.args.target_macs if learned is None else learned
         self._fill_prior()
         wanted = self.args.budget_samples and (target is not None or budgets)
         inputs = self._some_inputs(self.args.budget_samples) if wanted else []
         measure = self._ratios(inputs[self.args.process_index :: self.args.world_size]) if wanted else None
+
+        def meet(given: PruningConfig) -> PruningConfig:
+            return thresholds_for_budget(replace(given, objective=None), target, measure)
+
         if measure is not None and target is not None:
             check_reach(pruning, target, measure)
-            unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
-            self._phases.start_macs = min(1.0, measure(replace(unpruned, objective=None)))
-            self._phases.meet = lambda learned: thresholds_for_budget(replace(learned, objective=None), target, measure)
+            if learned is None:
+                self.pruned.set_pruning(meet(pruning))
+            else:
+                unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
+                self._phases.start_macs = min(1.0, measure(replace(unpruned, objective=None)))
+                self._phases.meet = meet
         if budgets:
             self._set_budgets(measure)
         result = super().train(resume_from_checkpoint, **kwargs)
         self.pruned.settle_pruning()
         if measure is not None and target is not None:
-            self.pruned.set_pruning(self._phases.meet(self.pruned.config.pruning))
+            self.pruned.set_pruning(meet(self.pruned.config.pruning))
         if budgets:
             self._set_budgets(measure)
         return result
