@@ -17,7 +17,7 @@ import transformers
 import yaml
 from fresh import run_fresh
 from hub_server import TOKEN, Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments
 
 from hf_tokenprune import TokenPruneBertForSequenceClassification, prune
@@ -216,6 +216,44 @@ def test_a_connection_that_is_cut(hub, tmp_path):
     hub.cut_commits = 0
     push(folder, "founder/tiny")
     assert hub.files("founder/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_commit_that_lands_without_an_answer(hub, tmp_path):
+    folder = repository(tmp_path / "made")
+    hub.cut_answers = 1
+    done = push(folder, "founder/tiny")
+    assert done.oid == hub.model("founder/tiny").history[-1] and done.commit_url.endswith(
+        f"founder/tiny/commit/{done.oid}"
+    )
+    assert hub.files("founder/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    hub.cut_answers, hub.cut_afterwards = 1, True
+    with pytest.raises(PushError, match="whether this push was published in 'founder/tiny' cannot be read"):
+        push(folder, "founder/tiny", revision="next", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_another_commit_is_not_taken_for_ours(name, hub, tmp_path):
+    folder = repository(tmp_path / "made")
+
+    def other() -> None:
+        theirs = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        hub.model("founder/tiny").commit("main", theirs | {name: theirs[name][::-1]}, "theirs")
+
+    hub.before_commit = other
+    with pytest.raises(PushError, match="changed by someone else meanwhile"):
+        push(folder, "founder/tiny")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Data processing error:\n CAS"), PermissionError("xet token refused")])
+def test_an_upload_that_fails_by_xet(error, hub, tmp_path, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", fail)
+    words = f"the upload to 'founder/tiny' failed .{type(error).__name__}: {' '.join(str(error).split())}.; nothing of"
+    with pytest.raises(PushError, match=words):
+        push(repository(tmp_path / "made"), "founder/tiny")
+    assert set(hub.files("founder/tiny")) == {".gitattributes"}
 
 
 def test_somebody_else_was_faster(hub, tmp_path):
