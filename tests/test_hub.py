@@ -161,6 +161,35 @@ def test_the_repository_is_whole(hub, tmp_path):
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
 
 
+def test_the_card_of_a_model_that_pushes_itself(hub, tmp_path):
+    model = bert()
+    model.name_or_path = "someone/bert"
+    model.push_to_hub("founder/tiny")
+    card = ModelCard(hub.files("founder/tiny")["README.md"].decode())
+    assert set(card.data.tags) == {"token-pruning", "hf_tokenprune"}
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
+    assert card.data.base_model == "someone/bert"
+    assert "More Information Needed" not in card.text and "dropped at layers 0 and 1" in card.text
+    assert "| 1 | between attention and feed-forward | cls_attention | keep_rate | 0.36 | drop |" in card.text
+    assert 'AutoModelForSequenceClassification.from_pretrained("founder/tiny", trust_remote_code=True)' in card.text
+    assert len(hub.model("founder/tiny").history) == 2
+
+    model.name_or_path = str(tmp_path)
+    model.base_model.push_to_hub("founder/base")
+    data = ModelCard(hub.files("founder/base")["README.md"].decode()).data
+    assert (data.pipeline_tag, data.base_model) == ("feature-extraction", None)
+
+
+def test_a_card_that_somebody_wrote_is_kept(hub):
+    written = "---\nlicense: mit\ntags:\n- token-pruning\n- hf_tokenprune\n---\n\n# Mine\n\n[More Information Needed]\n"
+    bert(0).push_to_hub("founder/tiny")
+    files = hub.files("founder/tiny")
+    hub.model("founder/tiny").commit("main", files | {"README.md": written.encode()}, "a card")
+    bert(1).push_to_hub("founder/tiny")
+    assert hub.files("founder/tiny")["model.safetensors"] != files["model.safetensors"]
+    assert hub.files("founder/tiny")["README.md"].decode() == written
+
+
 def test_from_the_trainer(hub, tmp_path):
     model, words = bert(), tokenizer(tmp_path)
     rows = [{**words(text), "labels": i} for i, text in enumerate(TEXTS)]
