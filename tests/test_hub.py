@@ -20,7 +20,12 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import HfApi, ModelCard
 from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments
 
-from hf_tokenprune import TokenPruneBertForSequenceClassification, prune
+from hf_tokenprune import (
+    TokenPruneBertForSequenceClassification,
+    TokenPruneTrainer,
+    TokenPruneTrainingArguments,
+    prune,
+)
 from hf_tokenprune.hub.cards import unmeasured_card
 from hf_tokenprune.hub.push import PushError, push, stage
 
@@ -155,7 +160,7 @@ def test_the_repository_is_whole(hub, tmp_path):
     assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json", "README.md"} <= set(
         files
     )
-    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    assert not pickles(files)
     card = ModelCard(files["README.md"].decode())
     assert set(card.data.tags) == {"token-pruning", "hf_tokenprune"}
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
@@ -190,24 +195,42 @@ def test_a_card_that_somebody_wrote_is_kept(hub):
     assert hub.files("founder/tiny")["README.md"].decode() == written
 
 
-def test_from_the_trainer(hub, tmp_path):
-    model, words = bert(), tokenizer(tmp_path)
-    rows = [{**words(text), "labels": i} for i, text in enumerate(TEXTS)]
-    arguments = TrainingArguments(
-        str(tmp_path / "run"),
-        hub_model_id="founder/trained",
-        max_steps=1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=words)
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "ours"])
+def test_from_the_trainer(stock, hub, tmp_path):
+    trainer = trainer_for("founder/trained", tmp_path, stock=stock)
     trainer.train()
     trainer.push_to_hub()
     files = hub.files("founder/trained")
-    assert {"model.safetensors", "modeling_tokenprune_bert.py", "tokenizer.json", "README.md"} <= set(files)
+    assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json"} <= set(files)
     assert len(hub.model("founder/trained").history) == 2
     assert {"token-pruning", "hf_tokenprune"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+    assert stock or not pickles(files)
+    assert stock or json.loads(files["training_args.json"])["max_steps"] == 2
+
+
+def test_what_is_pushed_during_training_is_whole(hub, tmp_path):
+    wishes = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_for("founder/trained", tmp_path, hub_token=TOKEN, **wishes)
+    trainer.train()
+    repository = hub.model("founder/trained")
+    assert repository.messages[1] == "Training in progress, step 1"
+    for sha in repository.history[1:]:
+        files = repository.commits[sha]
+        assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json"} <= set(files)
+        assert not pickles(files) and TOKEN.encode() not in files["training_args.json"]
+
+
+def trainer_for(name: str, folder: Path, *, stock: bool = False, **wishes: Any) -> Trainer:
+    model, words = bert(), tokenizer(folder)
+    rows = [{**words(text), "labels": i} for i, text in enumerate(TEXTS)]
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    kinds = (Trainer, TrainingArguments) if stock else (TokenPruneTrainer, TokenPruneTrainingArguments)
+    arguments = kinds[1](str(folder / "run"), hub_model_id=name, max_steps=2, **quiet, **wishes)
+    return kinds[0](model, arguments, train_dataset=rows, processing_class=words)
+
+
+def pickles(files: dict[str, bytes]) -> list[str]:
+    return [name for name in files if name.endswith((".bin", ".ckpt", ".pkl", ".pt", ".pth"))]
 
 
 def test_a_wrong_token(hub, tmp_path, monkeypatch):
