@@ -1,7 +1,8 @@
 """What the repository of a model holds: weights that are safetensors, and a card that says what the model is."""
 
-import os
 import re
+from os import PathLike
+from os.path import exists
 from typing import Any
 
 from transformers.utils.hub import ModelCard
@@ -46,7 +47,7 @@ class ModelRepository:
                 raise
             raise OSError(f"{str(source)!r} must hold its weights as safetensors: {rule}") from error
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: str | PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Both ways of publishing a model end here, with the card in the folder.
         card = ModelCard.load(f"{working_dir}/README.md")
         if _is_template(card):
@@ -122,4 +123,4 @@ def _is_template(card: ModelCard) -> bool:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not os.path.exists(name)
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not exists(name)
