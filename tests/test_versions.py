@@ -1,8 +1,10 @@
 """The code that travels with a checkpoint: what it may touch, and which versions of transformers it goes with."""
 
 import ast
+import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import tiny
 import torch
 import transformers
 from fresh import run_fresh
+from packaging import version
 
 import hf_tokenprune
 from hf_tokenprune import prune
@@ -181,6 +184,38 @@ def test_an_older_transformers_is_told_what_is_needed(tmp_path):
     prune(tiny.build(tiny.cases(tiny.HEADS)[0]), PRUNING).save_pretrained(tmp_path / "model")
     said = run_fresh(TOO_OLD, tmp_path / "stranger", place=str(tmp_path / "model")).result["said"]
     assert f"needs transformers >= {MINIMUM}; this is 5.3.0" in said
+
+
+LATER = """
+from transformers import AutoConfig, AutoModel
+for auto in (AutoConfig, AutoModel):
+    try:
+        auto.from_pretrained(ARGUMENTS["place"], trust_remote_code=True)
+    except ImportError as error:
+        RESULT[auto.__name__] = str(error)
+"""
+
+
+@pytest.mark.skipif(version.parse(transformers.__version__) >= version.parse("5.18"), reason="has DINOv2's layout")
+@pytest.mark.parametrize(
+    "name, kind, title",
+    [("Dinov2", "dinov2", "DINOv2"), ("Dinov2WithRegisters", "dinov2_with_registers", "DINOv2 with registers")],
+    ids=["plain", "registers"],
+)
+def test_a_family_that_needs_a_later_transformers_says_so(name, kind, title, tmp_path):
+    """The checkpoint is as a later transformers saves it."""
+    for file in FLOOR:
+        shutil.copy(file, tmp_path)
+    module = f"modeling_tokenprune_{name.lower()}"
+    kinds = {"AutoConfig": "Config", "AutoModel": "Model"}
+    auto_map = {auto: f"{module}.TokenPrune{name}{end}" for auto, end in kinds.items()}
+    config = {"model_type": f"tokenprune_{kind}", "auto_map": auto_map}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = run_fresh(LATER, tmp_path / "stranger", place=str(tmp_path)).result
+    needed = f"token pruning of {title} needs transformers >= 5.18.0; this is {transformers.__version__}: pip install"
+    assert set(said) == set(kinds) and all(needed in words for words in said.values())
+    with pytest.raises(ImportError, match=re.escape(needed)):
+        getattr(hf_tokenprune, f"TokenPrune{name}Model")
 
 
 LOAD = """
