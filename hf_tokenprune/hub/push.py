@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
@@ -88,6 +88,8 @@ def push(
         PushError: no or a wrong token, a repository that holds something already or that changed meanwhile, no
             connection. Calling it again is safe. A commit that is there is one, even if its answer was lost.
     """
+    if (token or get_token()) is None:
+        raise PushError("no token: set HF_TOKEN, or log in by `hf auth login`")
     api, before = HfApi(token=token), None
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -155,8 +157,6 @@ def _why(error: Exception, repo_id: str, endpoint: str) -> str:
     """One sentence on a push that published nothing."""
     if isinstance(error, HFValidationError):
         return f"repo_id ({repo_id!r}): {_line(error)}"
-    if isinstance(error, LocalTokenNotFoundError):
-        return "no token: set HF_TOKEN, or log in by `hf auth login`"
     # A large file's upload wraps its cause, where it does not go by xet.
     cause = error if isinstance(error, HTTPError) else error.__cause__
     if isinstance(cause, HfHubHTTPError):
