@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ import yaml
 from fresh import run_fresh
 from hub_server import TOKEN, Hub
 from huggingface_hub import HfApi, ModelCard
-from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments
+from methods import METHODS
+from PIL import Image
+from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_tokenprune import (
     TokenPruneBertForSequenceClassification,
@@ -70,13 +75,13 @@ def bert(seed: int = 0) -> TokenPruneBertForSequenceClassification:
     return prune(transformers.BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **small)), PRUNING).eval()
 
 
-def repository(folder: Path, model: Any = None) -> Path:
+def repository(folder: Path, model: Any = None, processing: Any = None) -> Path:
     """A folder as `run_push.py` stages it."""
     model = bert() if model is None else model
     template = ROOT / "model_cards" / "template.md"
     card = unmeasured_card(model, title="tiny", base_model=None, license="mit", template=template)
     folder.mkdir(parents=True)
-    return stage(folder / "repository", model, tokenizer(folder), card)
+    return stage(folder / "repository", model, processing or tokenizer(folder), card)
 
 
 LOAD_ALL = """
@@ -99,13 +104,19 @@ torch.save(outputs, ARGUMENTS["outputs"])
 
 
 def test_every_family_and_head_loads_from_the_hub_bit_for_bit(hub, tmp_path):
+    cases = [(str(case), case, PRUNING) for case in tiny.cases(tiny.ALL)]
+    named = {name: case for name, case, _ in cases}
+    cases.append(("merging", named["ViTForImageClassification"], {"preset": "tome", "r": [8, 4, 4, 0]}))
+    cases.append(("table", named["BertForSequenceClassification"], METHODS["adaptive_prior"]))
     expected, repositories = {}, []
-    for case in tiny.cases(tiny.ALL):
-        name = f"founder/{case}"
-        model = prune(tiny.build(case), PRUNING).eval()
+    for title, case, pruning in cases:
+        name = f"founder/{title}"
+        model = prune(tiny.build(case), pruning).eval()
+        if title == "table":
+            model.base_model.set_token_prior(torch.rand(tiny.VOCABULARY) * 2)
         model.push_to_hub(name)
         assert len(hub.model(name).history) == 2  # the Hub's own first one
-        torch.save(tiny.inputs_for(case), tmp_path / f"{case}.pt")
+        torch.save(tiny.inputs_for(case), tmp_path / f"{title}.pt")
         with torch.no_grad():
             out = model(**tiny.inputs_for(case), output_token_trace=True)
         expected[name] = (tiny.main_output(out), out.token_trace.counts, type(model).__name__)
@@ -121,7 +132,8 @@ def test_every_family_and_head_loads_from_the_hub_bit_for_bit(hub, tmp_path):
     )
     found = torch.load(tmp_path / "outputs.pt")
     for name, (main, counts, kind) in expected.items():
-        assert done.result[name][0] == kind
+        base = kind.partition("For")[0].removesuffix("Model") + "Model"
+        assert done.result[name] == [kind, base]
         assert torch.equal(found[name]["counts"], counts)
         assert torch.equal(found[name]["main"], main), name
 
@@ -133,6 +145,8 @@ given = {"trust_remote_code": True, "model": ARGUMENTS["name"]}
 RESULT["now"] = pipeline("text-classification", **given)(ARGUMENTS["texts"])
 RESULT["then"] = pipeline("text-classification", revision=ARGUMENTS["revision"], **given)(ARGUMENTS["texts"])
 RESULT["branch"] = pipeline("text-classification", revision="next", **given)(ARGUMENTS["texts"])
+given["model"] = ARGUMENTS["of_images"]
+RESULT["image"] = pipeline("image-classification", **given)(ARGUMENTS["image"])
 """
 
 
@@ -142,13 +156,21 @@ def test_pipelines_and_pinned_revisions(hub, tmp_path):
     push(repository(tmp_path / "b", now), "founder/tiny", overwrite=True)
     push(repository(tmp_path / "c", then), "founder/tiny", revision="next", overwrite=True)
     assert len(hub.model("founder/tiny").history) == 4
+    seeing = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), PRUNING).eval()
+    processor = ViTImageProcessorPil(size={"height": 24, "width": 24})
+    push(repository(tmp_path / "d", seeing, processor), "founder/seeing")
+    image = str(tmp_path / "image.png")
+    Image.effect_noise((30, 40), 90).convert("RGB").save(image)
     asked = {"name": "founder/tiny", "texts": TEXTS, "revision": first.oid}
+    asked |= {"of_images": "founder/seeing", "image": image}
     found = run_fresh(PIPELINE, tmp_path / "stranger", variables=variables(hub), **asked).result
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for when, model in (("now", now), ("then", then), ("branch", then)):
         own = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer(tmp_path))(TEXTS)
         assert own == found[when]
+    own = transformers.pipeline("image-classification", model=seeing, image_processor=processor)(image)
+    assert own == found["image"]
     torch.set_num_threads(threads)
     assert found["now"] != found["then"]
 
@@ -351,3 +373,45 @@ def test_the_command_line(hub, tmp_path):
     assert result["value"] == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
     card = ModelCard(files["README.md"].decode())
     assert card.data.eval_results[0].metric_value == result["value"] and "(accuracy_over_macs.png)" in card.text
+
+
+@pytest.fixture
+def refused(hub, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Runs the command, which fails, on a model that is all right; what it says in the end."""
+    model = str(repository(tmp_path / "made"))
+    script = str(ROOT / "scripts" / "run_push.py")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, "--model_name_or_path", model, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(script, run_name="__main__")
+        assert isinstance(end.value.code, str) and "\n" not in end.value.code
+        return end.value.code
+
+    return run
+
+
+def test_the_command_line_on_tokens_and_names(hub, refused, tmp_path, monkeypatch):
+    hub.repositories["founder/taken"] = hub_server.Repository()
+    hub.model("founder/taken").commit("main", {"theirs.txt": b"1"}, "theirs")
+    assert "must be new or empty, and holds 1 files, theirs.txt among them" in refused("--repo_id", "founder/taken")
+    assert set(hub.files("founder/taken")) == {"theirs.txt"}
+    assert "may write to 'else/tiny'" in refused("--repo_id", "else/tiny")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    assert "PushError: the token must be valid and may write to" in refused("--repo_id", "founder/tiny")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    assert "PushError: no token: set HF_TOKEN" in refused("--repo_id", "founder/tiny")
+    assert set(hub.repositories) == {"founder/taken"}
+
+
+def test_the_command_line_on_what_nobody_thought_of(refused, tmp_path, monkeypatch):
+    (tmp_path / "broken.md").write_text("{% if %}")
+    wish = ["--stage_dir", str(tmp_path / "look"), "--template"]
+    assert refused(*wish, str(tmp_path / "broken.md")).startswith("TemplateSyntaxError: ")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(BertTokenizer, "save_pretrained", fail)
+    assert refused(*wish[:2]) == "RuntimeError: two lines"
