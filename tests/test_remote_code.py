@@ -250,7 +250,7 @@ def test_nothing_but_safetensors_is_read(tmp_path):
         for auto in ("AutoModel", "AutoModelForSequenceClassification"):
             assert rule in said[f"{name} {auto}"]
         with pytest.raises((OSError, ValueError), match=re.escape(rule)):
-            type(model).from_pretrained(folders[name], **wishes[name])
+            type(model).from_pretrained(pretrained_model_name_or_path=folders[name], **wishes[name])
     with pytest.raises(ValueError, match=r"pytorch_model.bin' must be safetensors"):
         type(model).from_pretrained(tmp_path / "pickle" / "pytorch_model.bin", config=model.config)
     # What stays possible: the native class reads what it always read.

@@ -28,13 +28,16 @@ class ModelRepository:
     """
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, use_safetensors: bool | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, use_safetensors: bool | None = None, **kwargs: Any
+    ) -> Any:
         """As natively, from safetensors alone: what pickles are told to do is done by whoever reads them.
 
         Raises:
             ValueError: pickles are asked for.
             OSError: there is nothing to read, or nothing but pickles.
         """
+        source = pretrained_model_name_or_path
         rule = f"{cls.__name__} reads nothing else; load other weights with the native class and give that to prune()"
         if use_safetensors is False:
             raise ValueError(f"use_safetensors (False) must be True: {rule}")
