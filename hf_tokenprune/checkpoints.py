@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
+from .modeling.model_repository import PIPELINE_TAGS
+
 
 class Task(NamedTuple):
     """The Auto class that loads a head, and the Hub's name for what it does."""
@@ -25,13 +27,17 @@ class Task(NamedTuple):
     pipeline_tag: str
 
 
+def _task(auto: type) -> Task:
+    return Task(auto, PIPELINE_TAGS[auto.__name__])
+
+
 HEADS = {
-    "ForSequenceClassification": Task(AutoModelForSequenceClassification, "text-classification"),
-    "ForTokenClassification": Task(AutoModelForTokenClassification, "token-classification"),
-    "ForImageClassification": Task(AutoModelForImageClassification, "image-classification"),
-    "ForImageClassificationWithTeacher": Task(AutoModelForImageClassification, "image-classification"),
+    "ForSequenceClassification": _task(AutoModelForSequenceClassification),
+    "ForTokenClassification": _task(AutoModelForTokenClassification),
+    "ForImageClassification": _task(AutoModelForImageClassification),
+    "ForImageClassificationWithTeacher": _task(AutoModelForImageClassification),
 }
-NO_HEAD = Task(AutoModel, "feature-extraction")
+NO_HEAD = _task(AutoModel)
 
 
 def task_of(architecture: str | None) -> Task:

@@ -47,7 +47,8 @@ class Repository:
 class Hub:
     """What the server holds, and how it is told to fail.
 
-    cut_uploads: how many further uploads of large files end in mid-transfer. cut_commits: commits that get no answer.
+    cut_uploads: how many further uploads of large files end in mid-transfer. cut_commits: commits that are not made
+    and get no answer. cut_answers: those that are made and get none. cut_afterwards: whether nothing is answered then.
     before_commit: called once, before the next commit is looked at.
     """
 
@@ -56,6 +57,9 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.cut_uploads = 0
         self.cut_commits = 0
+        self.cut_answers = 0
+        self.cut_afterwards = False
+        self.silent = False
         self.before_commit: Any = None
         self.requests: list[str] = []
 
@@ -99,7 +103,13 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
+    def cut(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+
     def handle_any(self) -> None:
+        if self.hub.silent:
+            return self.cut()
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         given = self.headers.get("Authorization")
@@ -170,8 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         if (found := self.found(name, revision)) is None:
             return
         repository, sha = found
-        files = repository.commits[sha].items()
-        self.answer(200, [{"type": "file", "path": p, "size": len(c), "oid": blob(c)} for p, c in sorted(files)])
+        self.answer(200, [listed(*each) for each in sorted(repository.commits[sha].items())])
 
     def preupload(self, name: str, revision: str) -> None:
         asked = json.loads(self.body())["files"]
@@ -194,9 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.cut_uploads:
             self.hub.cut_uploads -= 1
             self.rfile.read(16)
-            self.close_connection = True
-            self.connection.close()
-            return
+            return self.cut()
         content = self.body()
         if hashlib.sha256(content).hexdigest() != oid:
             return self.refuse(400, "the content is not what was announced")
@@ -207,9 +214,7 @@ class Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.body().splitlines() if line.strip()]
         if self.hub.cut_commits:
             self.hub.cut_commits -= 1
-            self.close_connection = True
-            self.connection.close()
-            return
+            return self.cut()
         interfere, self.hub.before_commit = self.hub.before_commit, None
         if interfere is not None:
             interfere()
@@ -229,6 +234,10 @@ class Handler(BaseHTTPRequestHandler):
                     return self.refuse(400, f"the large file {value['path']} was not uploaded")
                 files[value["path"]] = self.hub.large[value["oid"]]
         made = repository.commit(revision, files, header["summary"])
+        if self.hub.cut_answers:
+            self.hub.cut_answers -= 1
+            self.hub.silent = self.hub.cut_afterwards
+            return self.cut()
         self.answer(200, {"commitUrl": f"{self.url}/{name}/commit/{made}", "commitOid": made, "success": True})
 
     def download(self, name: str, revision: str, path: str) -> None:
@@ -249,6 +258,16 @@ class Handler(BaseHTTPRequestHandler):
 
 def blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def listed(path: str, content: bytes) -> dict[str, Any]:
+    """A file as the Hub lists it: a large one by its pointer and by its own hash."""
+    entry = {"type": "file", "path": path, "size": len(content), "oid": blob(content)}
+    if path.endswith(LARGE):
+        sha256 = hashlib.sha256(content).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
+        entry |= {"oid": blob(pointer), "lfs": {"oid": sha256, "size": len(content), "pointerSize": len(pointer)}}
+    return entry
 
 
 REPOSITORY = r"([^/]+/[^/]+)"

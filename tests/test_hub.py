@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,18 @@ import transformers
 import yaml
 from fresh import run_fresh
 from hub_server import TOKEN, Hub
-from huggingface_hub import ModelCard
-from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments
+from huggingface_hub import HfApi, ModelCard
+from methods import METHODS
+from PIL import Image
+from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_tokenprune import TokenPruneBertForSequenceClassification, prune
+from hf_tokenprune import (
+    TokenPruneBertForSequenceClassification,
+    TokenPruneTrainer,
+    TokenPruneTrainingArguments,
+    prune,
+)
 from hf_tokenprune.hub.cards import unmeasured_card
 from hf_tokenprune.hub.push import PushError, push, stage
 
@@ -65,13 +75,13 @@ def bert(seed: int = 0) -> TokenPruneBertForSequenceClassification:
     return prune(transformers.BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **small)), PRUNING).eval()
 
 
-def repository(folder: Path, model: Any = None) -> Path:
+def repository(folder: Path, model: Any = None, processing: Any = None) -> Path:
     """A folder as `run_push.py` stages it."""
     model = bert() if model is None else model
     template = ROOT / "model_cards" / "template.md"
     card = unmeasured_card(model, title="tiny", base_model=None, license="mit", template=template)
     folder.mkdir(parents=True)
-    return stage(folder / "repository", model, tokenizer(folder), card)
+    return stage(folder / "repository", model, processing or tokenizer(folder), card)
 
 
 LOAD_ALL = """
@@ -94,13 +104,19 @@ torch.save(outputs, ARGUMENTS["outputs"])
 
 
 def test_every_family_and_head_loads_from_the_hub_bit_for_bit(hub, tmp_path):
+    cases = [(str(case), case, PRUNING) for case in tiny.cases(tiny.ALL)]
+    named = {name: case for name, case, _ in cases}
+    cases.append(("merging", named["ViTForImageClassification"], {"preset": "tome", "r": [8, 4, 4, 0]}))
+    cases.append(("table", named["BertForSequenceClassification"], METHODS["adaptive_prior"]))
     expected, repositories = {}, []
-    for case in tiny.cases(tiny.ALL):
-        name = f"founder/{case}"
-        model = prune(tiny.build(case), PRUNING).eval()
+    for title, case, pruning in cases:
+        name = f"founder/{title}"
+        model = prune(tiny.build(case), pruning).eval()
+        if title == "table":
+            model.base_model.set_token_prior(torch.rand(tiny.VOCABULARY) * 2)
         model.push_to_hub(name)
         assert len(hub.model(name).history) == 2  # the Hub's own first one
-        torch.save(tiny.inputs_for(case), tmp_path / f"{case}.pt")
+        torch.save(tiny.inputs_for(case), tmp_path / f"{title}.pt")
         with torch.no_grad():
             out = model(**tiny.inputs_for(case), output_token_trace=True)
         expected[name] = (tiny.main_output(out), out.token_trace.counts, type(model).__name__)
@@ -116,7 +132,8 @@ def test_every_family_and_head_loads_from_the_hub_bit_for_bit(hub, tmp_path):
     )
     found = torch.load(tmp_path / "outputs.pt")
     for name, (main, counts, kind) in expected.items():
-        assert done.result[name][0] == kind
+        base = kind.partition("For")[0].removesuffix("Model") + "Model"
+        assert done.result[name] == [kind, base]
         assert torch.equal(found[name]["counts"], counts)
         assert torch.equal(found[name]["main"], main), name
 
@@ -128,6 +145,8 @@ given = {"trust_remote_code": True, "model": ARGUMENTS["name"]}
 RESULT["now"] = pipeline("text-classification", **given)(ARGUMENTS["texts"])
 RESULT["then"] = pipeline("text-classification", revision=ARGUMENTS["revision"], **given)(ARGUMENTS["texts"])
 RESULT["branch"] = pipeline("text-classification", revision="next", **given)(ARGUMENTS["texts"])
+given["model"] = ARGUMENTS["of_images"]
+RESULT["image"] = pipeline("image-classification", **given)(ARGUMENTS["image"])
 """
 
 
@@ -137,13 +156,21 @@ def test_pipelines_and_pinned_revisions(hub, tmp_path):
     push(repository(tmp_path / "b", now), "founder/tiny", overwrite=True)
     push(repository(tmp_path / "c", then), "founder/tiny", revision="next", overwrite=True)
     assert len(hub.model("founder/tiny").history) == 4
+    seeing = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), PRUNING).eval()
+    processor = ViTImageProcessorPil(size={"height": 24, "width": 24})
+    push(repository(tmp_path / "d", seeing, processor), "founder/seeing")
+    image = str(tmp_path / "image.png")
+    Image.effect_noise((30, 40), 90).convert("RGB").save(image)
     asked = {"name": "founder/tiny", "texts": TEXTS, "revision": first.oid}
+    asked |= {"of_images": "founder/seeing", "image": image}
     found = run_fresh(PIPELINE, tmp_path / "stranger", variables=variables(hub), **asked).result
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for when, model in (("now", now), ("then", then), ("branch", then)):
         own = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer(tmp_path))(TEXTS)
         assert own == found[when]
+    own = transformers.pipeline("image-classification", model=seeing, image_processor=processor)(image)
+    assert own == found["image"]
     torch.set_num_threads(threads)
     assert found["now"] != found["then"]
 
@@ -155,30 +182,77 @@ def test_the_repository_is_whole(hub, tmp_path):
     assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json", "README.md"} <= set(
         files
     )
-    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+    assert not pickles(files)
     card = ModelCard(files["README.md"].decode())
     assert set(card.data.tags) == {"token-pruning", "hf_tokenprune"}
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
 
 
-def test_from_the_trainer(hub, tmp_path):
-    model, words = bert(), tokenizer(tmp_path)
-    rows = [{**words(text), "labels": i} for i, text in enumerate(TEXTS)]
-    arguments = TrainingArguments(
-        str(tmp_path / "run"),
-        hub_model_id="founder/trained",
-        max_steps=1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=words)
+def test_the_card_of_a_model_that_pushes_itself(hub, tmp_path):
+    model = bert()
+    model.name_or_path = "someone/bert"
+    model.push_to_hub("founder/tiny")
+    card = ModelCard(hub.files("founder/tiny")["README.md"].decode())
+    assert set(card.data.tags) == {"token-pruning", "hf_tokenprune"}
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
+    assert card.data.base_model == "someone/bert"
+    assert "More Information Needed" not in card.text and "dropped at layers 0 and 1" in card.text
+    assert "| 1 | between attention and feed-forward | cls_attention | keep_rate | 0.36 | drop |" in card.text
+    assert 'AutoModelForSequenceClassification.from_pretrained("founder/tiny", trust_remote_code=True)' in card.text
+    assert len(hub.model("founder/tiny").history) == 2
+
+    model.name_or_path = str(tmp_path)
+    model.base_model.push_to_hub("founder/base")
+    data = ModelCard(hub.files("founder/base")["README.md"].decode()).data
+    assert (data.pipeline_tag, data.base_model) == ("feature-extraction", None)
+
+
+def test_a_card_that_somebody_wrote_is_kept(hub):
+    written = "---\nlicense: mit\ntags:\n- token-pruning\n- hf_tokenprune\n---\n\n# Mine\n\n[More Information Needed]\n"
+    bert(0).push_to_hub("founder/tiny")
+    files = hub.files("founder/tiny")
+    hub.model("founder/tiny").commit("main", files | {"README.md": written.encode()}, "a card")
+    bert(1).push_to_hub("founder/tiny")
+    assert hub.files("founder/tiny")["model.safetensors"] != files["model.safetensors"]
+    assert hub.files("founder/tiny")["README.md"].decode() == written
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "ours"])
+def test_from_the_trainer(stock, hub, tmp_path):
+    trainer = trainer_for("founder/trained", tmp_path, stock=stock)
     trainer.train()
     trainer.push_to_hub()
     files = hub.files("founder/trained")
-    assert {"model.safetensors", "modeling_tokenprune_bert.py", "tokenizer.json", "README.md"} <= set(files)
+    assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json"} <= set(files)
     assert len(hub.model("founder/trained").history) == 2
     assert {"token-pruning", "hf_tokenprune"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+    assert stock or not pickles(files)
+    assert stock or json.loads(files["training_args.json"])["max_steps"] == 2
+
+
+def test_what_is_pushed_during_training_is_whole(hub, tmp_path):
+    wishes = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_for("founder/trained", tmp_path, hub_token=TOKEN, **wishes)
+    trainer.train()
+    repository = hub.model("founder/trained")
+    assert repository.messages[1] == "Training in progress, step 1"
+    for sha in repository.history[1:]:
+        files = repository.commits[sha]
+        assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json"} <= set(files)
+        assert not pickles(files) and TOKEN.encode() not in files["training_args.json"]
+
+
+def trainer_for(name: str, folder: Path, *, stock: bool = False, **wishes: Any) -> Trainer:
+    model, words = bert(), tokenizer(folder)
+    rows = [{**words(text), "labels": i} for i, text in enumerate(TEXTS)]
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    kinds = (Trainer, TrainingArguments) if stock else (TokenPruneTrainer, TokenPruneTrainingArguments)
+    arguments = kinds[1](str(folder / "run"), hub_model_id=name, max_steps=2, **quiet, **wishes)
+    return kinds[0](model, arguments, train_dataset=rows, processing_class=words)
+
+
+def pickles(files: dict[str, bytes]) -> list[str]:
+    return [name for name in files if name.endswith((".bin", ".ckpt", ".pkl", ".pt", ".pth"))]
 
 
 def test_a_wrong_token(hub, tmp_path, monkeypatch):
@@ -216,6 +290,44 @@ def test_a_connection_that_is_cut(hub, tmp_path):
     hub.cut_commits = 0
     push(folder, "founder/tiny")
     assert hub.files("founder/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_commit_that_lands_without_an_answer(hub, tmp_path):
+    folder = repository(tmp_path / "made")
+    hub.cut_answers = 1
+    done = push(folder, "founder/tiny")
+    assert done.oid == hub.model("founder/tiny").history[-1] and done.commit_url.endswith(
+        f"founder/tiny/commit/{done.oid}"
+    )
+    assert hub.files("founder/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    hub.cut_answers, hub.cut_afterwards = 1, True
+    with pytest.raises(PushError, match="whether this push was published in 'founder/tiny' cannot be read"):
+        push(folder, "founder/tiny", revision="next", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_another_commit_is_not_taken_for_ours(name, hub, tmp_path):
+    folder = repository(tmp_path / "made")
+
+    def other() -> None:
+        theirs = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        hub.model("founder/tiny").commit("main", theirs | {name: theirs[name][::-1]}, "theirs")
+
+    hub.before_commit = other
+    with pytest.raises(PushError, match="changed by someone else meanwhile"):
+        push(folder, "founder/tiny")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Data processing error:\n CAS"), PermissionError("xet token refused")])
+def test_an_upload_that_fails_by_xet(error, hub, tmp_path, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", fail)
+    words = f"the upload to 'founder/tiny' failed .{type(error).__name__}: {' '.join(str(error).split())}.; nothing of"
+    with pytest.raises(PushError, match=words):
+        push(repository(tmp_path / "made"), "founder/tiny")
+    assert set(hub.files("founder/tiny")) == {".gitattributes"}
 
 
 def test_somebody_else_was_faster(hub, tmp_path):
@@ -261,3 +373,45 @@ def test_the_command_line(hub, tmp_path):
     assert result["value"] == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
     card = ModelCard(files["README.md"].decode())
     assert card.data.eval_results[0].metric_value == result["value"] and "(accuracy_over_macs.png)" in card.text
+
+
+@pytest.fixture
+def refused(hub, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Runs the command, which fails, on a model that is all right; what it says in the end."""
+    model = str(repository(tmp_path / "made"))
+    script = str(ROOT / "scripts" / "run_push.py")
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, "--model_name_or_path", model, *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(script, run_name="__main__")
+        assert isinstance(end.value.code, str) and "\n" not in end.value.code
+        return end.value.code
+
+    return run
+
+
+def test_the_command_line_on_tokens_and_names(hub, refused, tmp_path, monkeypatch):
+    hub.repositories["founder/taken"] = hub_server.Repository()
+    hub.model("founder/taken").commit("main", {"theirs.txt": b"1"}, "theirs")
+    assert "must be new or empty, and holds 1 files, theirs.txt among them" in refused("--repo_id", "founder/taken")
+    assert set(hub.files("founder/taken")) == {"theirs.txt"}
+    assert "may write to 'else/tiny'" in refused("--repo_id", "else/tiny")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    assert "PushError: the token must be valid and may write to" in refused("--repo_id", "founder/tiny")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    assert "PushError: no token: set HF_TOKEN" in refused("--repo_id", "founder/tiny")
+    assert set(hub.repositories) == {"founder/taken"}
+
+
+def test_the_command_line_on_what_nobody_thought_of(refused, tmp_path, monkeypatch):
+    (tmp_path / "broken.md").write_text("{% if %}")
+    wish = ["--stage_dir", str(tmp_path / "look"), "--template"]
+    assert refused(*wish, str(tmp_path / "broken.md")).startswith("TemplateSyntaxError: ")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(BertTokenizer, "save_pretrained", fail)
+    assert refused(*wish[:2]) == "RuntimeError: two lines"

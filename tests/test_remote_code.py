@@ -1,6 +1,7 @@
 """A checkpoint alone is enough: everything here runs where the package cannot be imported."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,48 @@ def test_nothing_is_missing_but_the_pooler_of_a_head(loaded):
     assert not any(key.startswith("pooler") for key, _, status in report if "UNEXPECTED" in status)
     assert "Traceback" not in loaded.printed
     assert "using a model of type" not in loaded.printed
+
+
+LOAD_PICKLES = """
+import transformers
+
+for name, folder in ARGUMENTS["folders"].items():
+    for auto in ("AutoModel", "AutoModelForSequenceClassification"):
+        try:
+            getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, **ARGUMENTS["wishes"][name])
+        except (OSError, ValueError) as error:
+            RESULT[f"{name} {auto}"] = str(error)
+"""
+
+
+def test_nothing_but_safetensors_is_read(tmp_path):
+    case = HEADS[0].values[0]
+    model = prune(tiny.build(case), TOP_K)
+    rules = {
+        "pickle": "must hold its weights as safetensors: TokenPruneBert",
+        "asked for": r"use_safetensors (False) must be True: TokenPruneBert",
+        "named": "transformers_weights ('adapter_model.bin') must be safetensors",
+    }
+    for name in rules:
+        model.save_pretrained(tmp_path / name)
+        file = "adapter_model.bin" if name == "named" else "pytorch_model.bin"
+        torch.save(model.state_dict(), tmp_path / name / file)
+        (tmp_path / name / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "named" / "config.json").read_text())
+    (tmp_path / "named" / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+    wishes = {name: {"use_safetensors": False} if name == "asked for" else {} for name in rules}
+    folders = {name: str(tmp_path / name) for name in rules}
+    said = run_fresh(LOAD_PICKLES, tmp_path / "stranger", folders=folders, wishes=wishes).result
+    for name, rule in rules.items():
+        for auto in ("AutoModel", "AutoModelForSequenceClassification"):
+            assert rule in said[f"{name} {auto}"]
+        with pytest.raises((OSError, ValueError), match=re.escape(rule)):
+            type(model).from_pretrained(pretrained_model_name_or_path=folders[name], **wishes[name])
+    with pytest.raises(ValueError, match=r"pytorch_model.bin' must be safetensors"):
+        type(model).from_pretrained(tmp_path / "pickle" / "pytorch_model.bin", config=model.config)
+    # What stays possible: the native class reads what it always read.
+    native = tiny.build(case)
+    torch.save(native.state_dict(), tmp_path / "pytorch_model.bin")
+    native.config.save_pretrained(tmp_path)
+    again = prune(type(native).from_pretrained(tmp_path), TOP_K)
+    assert_same(expected_outputs(again, case), expected_outputs(model, case))

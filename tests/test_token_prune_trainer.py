@@ -1,6 +1,7 @@
 """`TokenPruneTrainer`: what it adds to the stock Trainer, and that an interrupted run ends as one that was not."""
 
 import copy
+import json
 import random
 import subprocess
 import sys
@@ -341,6 +342,18 @@ def test_true_goes_on_from_the_last_whole_checkpoint(tmp_path):
     (tmp_path / "checkpoint-8" / "trainer_state.json").write_text("")
     trainer_for(TOP_K, tmp_path, callbacks=[Steps()], **arguments).train(resume_from_checkpoint=True)
     assert steps == [6, 7]
+
+
+def test_beside_a_model_is_no_pickle_but_what_resuming_reads(tmp_path):
+    trainer = trainer_for(TOP_K, tmp_path, max_steps=1, save_strategy="steps", save_steps=1, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    for folder in (tmp_path / "model", tmp_path / "checkpoint-1"):
+        pickles = {path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")}
+        resuming = {"optimizer.pt", "scheduler.pt", "rng_state.pth"} if "checkpoint" in folder.name else set()
+        assert pickles == resuming
+        arguments = json.loads((folder / "training_args.json").read_text())
+        assert arguments["learning_rate"] == 1e-3 and arguments["hub_token"] != "hf_secret"
 
 
 def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):

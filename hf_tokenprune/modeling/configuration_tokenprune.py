@@ -5,6 +5,9 @@ from typing import Any
 from .pruning_config import PruningConfig
 
 
+SAFETENSORS = (".safetensors", ".safetensors.index.json")
+
+
 class TokenPruneConfigMixin:
     """Goes before the native config class. The subclass declares the field `pruning: Any = None`.
 
@@ -27,6 +30,8 @@ class TokenPruneConfigMixin:
         """
         if key in self.must_be_false and value:
             raise ValueError(f"{key} ({value!r}) must be False: token pruning needs a bidirectional encoder")
+        if key == "transformers_weights" and value and not str(value).endswith(SAFETENSORS):
+            raise ValueError(f"{key} ({value!r}) must be safetensors: a file of {' or '.join(SAFETENSORS)}")
         if key == "pruning":
             value = PruningConfig.coerce(value, self.num_hidden_layers)
             if value is not None and not self.class_token:

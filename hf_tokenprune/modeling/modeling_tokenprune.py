@@ -16,6 +16,7 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+from .model_repository import ModelRepository
 from .pruner_modules import ASKED, PrunerModules
 from .pruning_config import PruningConfig
 from .pruning_objective import Objective
@@ -31,7 +32,7 @@ from .token_state import TokenState, start_state
 logger = logging.get_logger(__name__)
 
 
-class Prunable:
+class Prunable(ModelRepository):
     """What base models and heads have in common for their user."""
 
     model_tags = ["token-pruning", "hf_tokenprune"]

@@ -23,13 +23,14 @@ from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
 from .budget import THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, kept_token_mse, kl_to_teacher
+from .publishing import WithoutPickles
 from .resuming import last_whole_checkpoint
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
 from .token_prior import fit_token_prior, prior_is_empty
 from .work_log import WorkLog
 
 
-class TokenPruneTrainer(Trainer):
+class TokenPruneTrainer(WithoutPickles, Trainer):
     """The stock `Trainer`, for our models.
 
     Modifications:
@@ -45,6 +46,7 @@ class TokenPruneTrainer(Trainer):
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
         - A checkpoint's state is written when all processes have written their part, and `resume_from_checkpoint=True`
           goes on from the last one that was written to its end, whenever the run was killed.
+        - The arguments beside a model are JSON, and what is published has no pickle.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
 
     Args:

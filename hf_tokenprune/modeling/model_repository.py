@@ -1,0 +1,129 @@
+"""What the repository of a model holds: weights that are safetensors, and a card that says what the model is."""
+
+import re
+from os import PathLike
+from os.path import exists
+from typing import Any
+
+from transformers.utils.hub import ModelCard
+
+
+PIPELINE_TAGS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+}
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+# Of the card that transformers makes where there is none.
+NOBODY_WROTE_IT = "This model card has been automatically generated."
+
+
+class ModelRepository:
+    """How a model is read and published. Goes before the native model class.
+
+    Modifications:
+        - Only safetensors are read.
+        - Where the repository has no card, the one that is published says what the model is.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, use_safetensors: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As natively, from safetensors alone: what pickles are told to do is done by whoever reads them.
+
+        Raises:
+            ValueError: pickles are asked for.
+            OSError: there is nothing to read, or nothing but pickles.
+        """
+        source = pretrained_model_name_or_path
+        rule = f"{cls.__name__} reads nothing else; load other weights with the native class and give that to prune()"
+        if use_safetensors is False:
+            raise ValueError(f"use_safetensors (False) must be True: {rule}")
+        if str(source).endswith(PICKLES):
+            raise ValueError(f"{str(source)!r} must be safetensors: {rule}")
+        try:
+            return super().from_pretrained(source, *args, use_safetensors=True, **kwargs)
+        except OSError as error:
+            if "file named model.safetensors" not in str(error):
+                raise
+            raise OSError(f"{str(source)!r} must hold its weights as safetensors: {rule}") from error
+
+    def _upload_modified_files(self, working_dir: str | PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Both ways of publishing a model end here, with the card in the folder.
+        card = ModelCard.load(f"{working_dir}/README.md")
+        if _is_template(card):
+            card.text = card_text(self, repo_id)
+            card.data.pipeline_tag = PIPELINE_TAGS[_auto_class(self)]
+            if _is_hub_id(self.name_or_path) and self.name_or_path != repo_id:
+                card.data.base_model = self.name_or_path
+            card.save(f"{working_dir}/README.md")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def card_text(model: Any, repo_id: str) -> str:
+    """A card's text from a model's config, which is all that is known of it."""
+    auto, pruning = _auto_class(model), model.config.pruning
+    sites = [] if pruning is None else [pruning.sites[layer] for layer in sorted(pruning.sites)]
+    return f"""
+# {repo_id.rpartition("/")[2]}
+
+A `{type(model).__name__}` with token pruning: {_in_words(sites)}
+
+Nothing was measured of it: neither what it costs nor what it gets right.
+
+## Where tokens go
+
+{_table(sites)}
+
+## Use
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{repo_id}", trust_remote_code=True)
+model.set_pruning(None)  # the same weights with nothing pruned
+```
+
+The code that comes with it needs torch and transformers alone, and says from which release.
+"""
+
+
+def _in_words(sites: list) -> str:
+    if not sites:
+        return "as it is saved nothing is pruned, and `set_pruning` switches that."
+    *first, last = [str(site.layer) for site in sites]
+    layers = f"layers {', '.join(first)} and {last}" if first else f"layer {last}"
+    merged = {"dropped" if site.reduction == "drop" else "merged into others" for site in sites}
+    return f"tokens that matter little are {' or '.join(sorted(merged))} at {layers}, and later layers cost less."
+
+
+def _table(sites: list) -> str:
+    if not sites:
+        return "Nothing is pruned."
+    head = "| layer | place | score | rule | value | what does not stay |\n| --- | --- | --- | --- | --- | --- |"
+    place = {"before": "before it", "between": "between attention and feed-forward"}
+    rows = [
+        f"| {s.layer} | {place[s.place]} | {s.saliency} | {s.rule} | {s.value:.4g} | {s.reduction} |" for s in sites
+    ]
+    return "\n".join([head, *rows])
+
+
+def _auto_class(model: Any) -> str:
+    """The Auto class that loads a model's class."""
+    names = type(model.config).family_auto_map
+    own = type(model).__name__
+    return next(auto for auto in PIPELINE_TAGS if any(name.endswith(f".{own}") for name in names.get(auto, ())))
+
+
+def _is_template(card: ModelCard) -> bool:
+    """Whether nobody changed the card that transformers makes: then its only text is one sentence."""
+    before, _, after = ModelCard.from_template(card.data, model_description="\0").text.partition("\0")
+    text = card.text
+    own = text[len(before) : len(text) - len(after)]
+    return text.startswith(before) and text.endswith(after) and own.endswith(NOBODY_WROTE_IT) and "\n" not in own
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not exists(name)
