@@ -41,6 +41,14 @@ def test_what_is_missing_is_named(tmp_path):
         read_about(tmp_path)
 
 
+@pytest.mark.parametrize("limits", ["- plain\n- So small: it gains nothing.", "one", "- 5", "7", ""])
+def test_limits_are_sentences(limits, tmp_path):
+    whole = (RECIPES[0] / "card.yaml").read_text().split("limits:")[0]
+    (tmp_path / "card.yaml").write_text(f"{whole}limits:\n{limits}\n")
+    with pytest.raises(ValueError, match=r"limits \(.*\) of .*card.yaml must be a list of strings: quote one"):
+        read_about(tmp_path)
+
+
 def test_figures_that_arguments_were_chosen_by_make_no_card():
     _, about, evidence = card(RECIPES[0])
     given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}

@@ -23,13 +23,17 @@ def read_about(recipe: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: there is none.
-        ValueError: something is missing in it.
+        ValueError: something is missing in it, or a limit is no string.
     """
     path = Path(recipe) / "card.yaml"
     about = yaml.safe_load(path.read_text())
     missing = [name for name in NEEDED if name not in (about if isinstance(about, Mapping) else {})]
     if missing:
         raise ValueError(f"{path} must have {', '.join(missing)}")
+    limits = about["limits"]
+    wrong = [each for each in limits if not isinstance(each, str)] if isinstance(limits, list) else [limits]
+    if wrong:
+        raise ValueError(f"limits ({wrong[0]!r}) of {path} must be a list of strings: quote one that has ': ' in it")
     return about
 
 
