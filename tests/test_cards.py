@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about
+from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, to_baseline
 
 
 ROOT = Path(__file__).parents[1]
@@ -26,11 +26,14 @@ def test_a_card_is_its_evidence(recipe):
     written = (ROOT / "model_cards" / f"{recipe.name}.md").read_text()
     assert written == f"{str(made).rstrip()}\n"
     read = ModelCard(written).data
-    pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    rows = {row["run"]: row for row in evidence["quality"]}
+    pruned = rows["pruned"]
     (result,) = read.eval_results
     assert result.metric_value == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
     assert read.to_dict() == made.data.to_dict() and read.base_model and read.license
     assert (ROOT / "model_cards" / "evidence" / f"{recipe.name}.png").exists()
+    assert f"{to_baseline(rows)['points']:+.2f} points" in written.partition("| | |")[0]
+    assert f"{rows['baseline']['accuracy']:.2f} %" in written
     (entry,) = evaluation_results(about, evidence)
     assert entry["value"] == result.metric_value and entry["dataset"]["id"] == about["dataset"]
 
@@ -41,12 +44,28 @@ def test_what_is_missing_is_named(tmp_path):
         read_about(tmp_path)
 
 
-@pytest.mark.parametrize("limits", ["- plain\n- So small: it gains nothing.", "one", "- 5", "7", ""])
+@pytest.mark.parametrize("limits", ["\n- plain\n- So small: it gains nothing.", " one", "\n- 5", " 7", ""])
 def test_limits_are_sentences(limits, tmp_path):
     whole = (RECIPES[0] / "card.yaml").read_text().split("limits:")[0]
-    (tmp_path / "card.yaml").write_text(f"{whole}limits:\n{limits}\n")
+    (tmp_path / "card.yaml").write_text(f"{whole}limits:{limits}\n")
     with pytest.raises(ValueError, match=r"limits \(.*\) of .*card.yaml must be a list of strings: quote one"):
         read_about(tmp_path)
+
+
+def test_a_baseline_that_was_better_is_not_hidden():
+    _, about, evidence = card(ROOT / "recipes" / "bert-tiny-20newsgroups-religion")
+    given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}
+    said = measured_card(about, evidence, **given).text
+    assert "-0.42 points of accuracy to the baseline that it started from" in said
+    assert "Training on cost accuracy by itself: without pruning 1.67 points" in said
+    quality = [row | {"interval_to_baseline": [-1.5, 0.5]} for row in evidence["quality"]]
+    said = measured_card(about, evidence | {"quality": quality}, **given).text
+    assert "-0.42 points of accuracy (95 % interval -1.50 to +0.50) to the baseline" in said
+
+
+def test_the_difference_to_the_baseline_is_seed_by_seed():
+    rows = {"baseline": {"accuracies": [90.0, 92.0]}, "pruned": {"accuracies": [91.0, 90.0]}}
+    assert to_baseline(rows) == {"points": -0.5, "of_each_seed": [1.0, -2.0], "interval": None}
 
 
 def test_figures_that_arguments_were_chosen_by_make_no_card():

@@ -77,10 +77,14 @@ def measured_card(
         about=about,
         measured={
             "pruned": pruned,
+            "baseline": rows["baseline"],
+            "control": rows["control"],
+            "to_baseline": to_baseline(rows),
             "quality": quality_table(evidence["quality"]),
             "speed": time_table(**evidence["speed"]) if "speed" in evidence else None,
             "timed": evidence.get("speed", {}).get("rows", [{}])[-1],
             "seeds": evidence["seeds"],
+            "of_seeds": ("seed " if len(evidence["seeds"]) == 1 else "mean of seeds ") + seeds.replace(" ", ", "),
             "machine": evidence["machine"],
             "command": f"python scripts/run_comparison.py --recipe recipes/{recipe} --seeds {seeds} "
             f"--output_dir outputs/{recipe}",
@@ -114,6 +118,19 @@ def evaluation_results(about: Mapping[str, Any], evidence: Mapping[str, Any]) ->
         notes=f"accuracy on {about['split']}, {_at_macs(pruned)}, seeds {', '.join(map(str, evidence['seeds']))}",
     )
     return eval_result_entries_to_yaml([entry])
+
+
+def to_baseline(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the pruned model gained or lost on the baseline that it started from, in points.
+
+    Args:
+        rows: the runs of a comparison by name. `interval_to_baseline` of the pruned one is a paired interval, which
+            takes predictions; accuracies alone give none.
+    """
+    pruned = rows["pruned"]
+    differences = [own - before for own, before in zip(pruned["accuracies"], rows["baseline"]["accuracies"])]
+    points = sum(differences) / len(differences)
+    return {"points": points, "of_each_seed": differences, "interval": pruned.get("interval_to_baseline")}
 
 
 def _metadata(title: str, **known: Any) -> ModelCardData:
