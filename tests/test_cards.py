@@ -1,12 +1,14 @@
 """Model cards are what their evidence says, to the letter."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, to_baseline
+from hf_tokenprune.viz.plots import comparison_points
 
 
 ROOT = Path(__file__).parents[1]
@@ -16,8 +18,41 @@ RECIPES = [path.parent for path in sorted((ROOT / "recipes").glob("*/card.yaml")
 def card(recipe: Path) -> tuple[ModelCard, dict, dict]:
     evidence = json.loads((ROOT / "model_cards" / "evidence" / f"{recipe.name}.json").read_text())
     about, template = read_about(recipe), ROOT / "model_cards" / "template.md"
-    made = measured_card(about, evidence, recipe=recipe.name, picture=f"evidence/{recipe.name}.png", template=template)
-    return made, about, evidence
+    pictures = {"picture": f"evidence/{recipe.name}.png", "schedule": f"evidence/{recipe.name}-schedule.png"}
+    return measured_card(about, evidence, recipe=recipe.name, **pictures, template=template), about, evidence
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "minilm-20newsgroups",
+        "minilm-20newsgroups-half",
+        "minilm-20newsgroups-religion",
+        "minilm-reuters-r8",
+        "dinov2-mnist",
+        "bert-tiny-20newsgroups-religion",
+    ],
+)
+def test_every_model_has_its_card(name):
+    kept = ROOT / "model_cards"
+    for path in (f"{name}.md", f"evidence/{name}.json", f"evidence/{name}.png", f"evidence/{name}-schedule.png"):
+        assert (kept / path).stat().st_size > 1000
+    assert ROOT / "recipes" / name in RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_pictures_are_of_their_evidence(recipe):
+    image_module = pytest.importorskip("PIL.Image")
+    _, about, evidence = card(recipe)
+    pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    values = [value for stage in evidence["prunings"][0]["stages"] for value in stage["values"]]
+    schedule = {"values": values, "layers": about["layers"], "mac_ratio": pruned["mac_ratio_to_unpadded"]}
+    accuracy = {"points": [asdict(point) for point in comparison_points(evidence["quality"])]}
+    for name, numbers in ((f"{recipe.name}.png", accuracy), (f"{recipe.name}-schedule.png", schedule)):
+        with image_module.open(ROOT / "model_cards" / "evidence" / name) as image:
+            assert json.loads(image.text["Description"]) == numbers
+            assert min(image.size) > 700
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 50  # not blank
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -31,7 +66,8 @@ def test_a_card_is_its_evidence(recipe):
     (result,) = read.eval_results
     assert result.metric_value == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
     assert read.to_dict() == made.data.to_dict() and read.base_model and read.license
-    assert (ROOT / "model_cards" / "evidence" / f"{recipe.name}.png").exists()
+    for name in (f"{recipe.name}.png", f"{recipe.name}-schedule.png"):
+        assert f"(evidence/{name})" in written
     assert f"{to_baseline(rows)['points']:+.2f} points" in written.partition("| | |")[0]
     assert f"{rows['baseline']['accuracy']:.2f} %" in written
     (entry,) = evaluation_results(about, evidence)
@@ -40,7 +76,7 @@ def test_a_card_is_its_evidence(recipe):
 
 def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "card.yaml").write_text("title: a model\nlanguage: en\n")
-    with pytest.raises(ValueError, match="must have base_model, license, pipeline_tag"):
+    with pytest.raises(ValueError, match="must have base_model, layers, license, pipeline_tag"):
         read_about(tmp_path)
 
 

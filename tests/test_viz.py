@@ -1,13 +1,11 @@
-"""Pictures: the page of kept words and the plot of accuracy over arithmetic."""
+"""The page of kept words, and the picture of patches."""
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,14 +16,11 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_tokenprune import prune
 from hf_tokenprune.viz import (
     DocumentView,
-    OperatingPoint,
-    accuracy_over_macs,
     document_views,
     draw_patches,
     explain,
     kept_words,
     patches,
-    plots,
     render_page,
     write_page,
 )
@@ -446,79 +441,3 @@ def test_a_long_document_opens_at_once(tmp_path):
     page, log = browse(path, "", tmp_path / "profile")
     assert "CONSOLE" not in log and len(page.words[0]) == 512
     assert int(page.title) < 1000
-
-
-def crowded_points() -> list[OperatingPoint]:
-    return [
-        OperatingPoint("unpruned", 4.1, 0.916, 0.894, 0.935),
-        OperatingPoint("top_k 0.7", 2.5, 0.911, 0.889, 0.931),
-        OperatingPoint("evit 0.7", 2.56, 0.9135, 0.891, 0.933),
-        OperatingPoint("power_bert", 2.52, 0.905, 0.881, 0.925),
-        OperatingPoint("tome $r=8$", 2.52, 0.905),
-        OperatingPoint("top_k 0.5", 1.8, 0.896, 0.872, 0.917),
-    ]
-
-
-@pytest.mark.parametrize("points", [crowded_points(), [OperatingPoint("alone", 1e-3, 1.0)]], ids=["crowded", "alone"])
-def test_plot_is_an_image(tmp_path, points):
-    pytest.importorskip("matplotlib")
-    image_module = pytest.importorskip("PIL.Image")
-    path = accuracy_over_macs(points, tmp_path / "plot.png", title="a $title")
-    with image_module.open(path) as image:
-        assert image.format == "PNG"
-        assert min(image.size) > 400
-        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
-    assert os.listdir(tmp_path) == ["plot.png"]
-
-
-def test_plot_labels_do_not_overlap():
-    pytest.importorskip("matplotlib")
-    from matplotlib.text import Annotation, Text
-
-    points = crowded_points()
-    figure = plots._draw(points, "t")
-    figure.canvas.draw()
-    axes = figure.axes[0]
-    labels = [text for text in axes.texts if isinstance(text, Annotation)]
-    assert sorted(label.get_text() for label in labels) == sorted(point.name for point in points)
-    frame = axes.get_window_extent()
-    boxes = [Text.get_window_extent(label) for label in labels]
-    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
-    for box in boxes:
-        assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
-        assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
-        for point in points:
-            assert not box.contains(*axes.transData.transform((point.macs, point.accuracy)))
-
-
-def test_plot_leaves_the_callers_matplotlib_alone(tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    before = pyplot.get_fignums()
-    accuracy_over_macs(crowded_points()[:1], tmp_path / "plot.png", title="t")
-    assert pyplot.get_fignums() == before
-
-
-def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"hf_tokenprune\[viz\]"):
-        accuracy_over_macs(crowded_points(), tmp_path / "plot.png", title="t")
-    assert not os.listdir(tmp_path)
-
-
-def test_plot_needs_points(tmp_path):
-    with pytest.raises(ValueError, match="at least one"):
-        accuracy_over_macs([], tmp_path / "plot.png", title="t")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ((0.0, 0.5), r"macs \(0.0\)"),
-        ((1.0, 91.6), r"accuracy \(91.6\)"),
-        ((1.0, 0.5, 0.4), "given together"),
-        ((1.0, 0.5, 0.6, 0.7), r"interval \(0.6, 0.7\)"),
-    ],
-)
-def test_operating_points_check_themselves(values, message):
-    with pytest.raises(ValueError, match=message):
-        OperatingPoint("name", *values)

@@ -12,9 +12,10 @@ from ..checkpoints import HEADS, NO_HEAD, task_of
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
 from ..training.comparison import quality_table, time_table
+from ..viz.schedule_plot import schedule_picture
 
 
-NEEDED = ("title", "base_model", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
+NEEDED = ("title", "base_model", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
 TAGS = Prunable.model_tags
 
 
@@ -44,6 +45,7 @@ def measured_card(
     recipe: str,
     picture: str,
     template: str | Path,
+    schedule: str | None = None,
 ) -> ModelCard:
     """The card of the pruned model of a comparison.
 
@@ -51,6 +53,7 @@ def measured_card(
         about: as `read_about` gives it. evidence: what `run_comparison.py` wrote.
         recipe: its folder's name. picture: its accuracy over MACs, as the card names the file.
         template: a Jinja file.
+        schedule: the picture that `schedule_of` draws, likewise; without it the card has none.
 
     Raises:
         ValueError: a comparison that arguments were chosen by.
@@ -89,6 +92,8 @@ def measured_card(
             "command": f"python scripts/run_comparison.py --recipe recipes/{recipe} --seeds {seeds} "
             f"--output_dir outputs/{recipe}",
             "picture": picture,
+            "schedule": schedule,
+            "alike": all(own == evidence["prunings"][0] for own in evidence["prunings"]),
         },
         **_of_pruning(pruning, about["pipeline_tag"]),
     )
@@ -118,6 +123,22 @@ def evaluation_results(about: Mapping[str, Any], evidence: Mapping[str, Any]) ->
         notes=f"accuracy on {about['split']}, {_at_macs(pruned)}, seeds {', '.join(map(str, evidence['seeds']))}",
     )
     return eval_result_entries_to_yaml([entry])
+
+
+def schedule_of(evidence: Mapping[str, Any], about: Mapping[str, Any], path: str | Path) -> Path:
+    """Draws the schedule of the first seed of a comparison.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    return schedule_picture(
+        PruningConfig.from_dict(evidence["prunings"][0]),
+        path,
+        layers=about["layers"],
+        title=about["title"],
+        mac_ratio=pruned["mac_ratio_to_unpadded"],
+    )
 
 
 def to_baseline(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
