@@ -24,15 +24,22 @@ class CardArguments:
     recipe: str = field(metadata={"help": "Folder of the recipe, with card.yaml."})
     evidence: str = field(metadata={"help": "comparison.json; the pictures are written beside it."})
     template: str = field(default=str(CARDS / "template.md"), metadata={"help": "A Jinja file."})
+    address: str | None = field(
+        default=None,
+        metadata={"help": "Where the card loads the model from: user/name; what its own command writes if not given."},
+    )
     output: str | None = field(default=None, metadata={"help": "The card; model_cards/<recipe>.md if not given."})
 
 
 def card_text(arguments: CardArguments) -> str:
-    evidence = Path(arguments.evidence)
+    evidence, recipe = Path(arguments.evidence), Path(arguments.recipe).name
+    measured = json.loads(evidence.read_text())
     card = measured_card(
         read_about(arguments.recipe),
-        json.loads(evidence.read_text()),
-        recipe=Path(arguments.recipe).name,
+        measured,
+        recipe=recipe,
+        # Where the command of the card leaves it.
+        address=arguments.address or f"outputs/{recipe}/seed-{measured['seeds'][0]}/pruned/model",
         picture=f"evidence/{evidence.stem}.png",
         schedule=f"evidence/{_schedule(evidence).name}",
         template=arguments.template,

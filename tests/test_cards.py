@@ -1,13 +1,19 @@
 """Model cards are what their evidence says, to the letter."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from fresh import run_fresh
 from huggingface_hub import ModelCard
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, to_baseline
+from hf_tokenprune import prune
+from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, to_baseline, unmeasured_card
 from hf_tokenprune.viz.plots import comparison_points
 
 
@@ -19,7 +25,9 @@ def card(recipe: Path) -> tuple[ModelCard, dict, dict]:
     evidence = json.loads((ROOT / "model_cards" / "evidence" / f"{recipe.name}.json").read_text())
     about, template = read_about(recipe), ROOT / "model_cards" / "template.md"
     pictures = {"picture": f"evidence/{recipe.name}.png", "schedule": f"evidence/{recipe.name}-schedule.png"}
-    return measured_card(about, evidence, recipe=recipe.name, **pictures, template=template), about, evidence
+    address = f"outputs/{recipe.name}/seed-0/pruned/model"
+    made = measured_card(about, evidence, recipe=recipe.name, **pictures, template=template, address=address)
+    return made, about, evidence
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,63 @@ def test_a_baseline_that_was_better_is_not_hidden():
 def test_the_difference_to_the_baseline_is_seed_by_seed():
     rows = {"baseline": {"accuracies": [90.0, 92.0]}, "pruned": {"accuracies": [91.0, 90.0]}}
     assert to_baseline(rows) == {"points": -0.5, "of_each_seed": [1.0, -2.0], "interval": None}
+
+
+RUN_BLOCKS = """
+for block, saved in ARGUMENTS["blocks"]:
+    known = {}
+    exec(block, known)
+    assert known["model"].config.pruning.to_dict() == saved, known["model"].config.pruning
+    RESULT[block] = list(known["outputs"].logits.shape)
+"""
+
+
+def test_use_is_as_the_card_says(tmp_path):
+    """In a process without this package, where tiny models lie at the addresses that the cards name."""
+    cases = {case.native.__name__: case for case in tiny.cases(tiny.HEADS)}
+    blocks, shapes = [], []
+    for recipe in RECIPES:
+        _, about, evidence = card(recipe)
+        images = about["pipeline_tag"] == "image-classification"
+        (block,) = re.findall(r"^```python\n(.*?)^```$", made_text(recipe), flags=re.MULTILINE | re.DOTALL)
+        (folder,) = set(re.findall(r'from_pretrained\("(.*?)"', block))
+        natives = ("Dinov2ForImageClassification", "ViTForImageClassification")
+        native = next(name for name in natives if name in cases) if images else "BertForSequenceClassification"
+        model = prune(tiny.build(cases[native]), evidence["prunings"][0])
+        if "token_prior" in {site.saliency for site in model.config.pruning.sites.values()}:
+            model.base_model.set_token_prior(torch.linspace(1, 2, tiny.VOCABULARY))  # training fills it
+        model.save_pretrained(tmp_path / folder)
+        sides = {"height": 24, "width": 24}
+        processing = ViTImageProcessorPil(size=sides) if images else tiny.tokenizer()
+        processing.save_pretrained(tmp_path / folder)
+        blocks.append((block, model.config.pruning.to_dict()))
+        shapes.append([1, 3])
+    assert list(run_fresh(RUN_BLOCKS, tmp_path, blocks=blocks).result.values()) == shapes
+
+
+def made_text(recipe: Path) -> str:
+    return (ROOT / "model_cards" / f"{recipe.name}.md").read_text()
+
+
+@pytest.mark.parametrize("pruning", [None, {"preset": "top_k", "layers": [1, 3], "keep_rate": 0.5}])
+def test_a_card_names_the_repository_that_it_is_for(pruning):
+    model = prune(tiny.build(tiny.cases(tiny.HEADS)[0]), pruning)
+    given = {"title": "t", "base_model": None, "license": "mit", "template": ROOT / "model_cards" / "template.md"}
+    for address in ("you/your-model", "this/repository"):
+        text = unmeasured_card(model, **given, **({"address": address} if address.startswith("you") else {})).text
+        assert text.count(f'from_pretrained("{address}"') == 2
+        assert ("with_values([0.5, 0.25])" in text) == (pruning is not None)
+
+
+def test_budgets_that_were_measured_are_told():
+    _, about, evidence = card(ROOT / "recipes" / "bert-tiny-20newsgroups-religion")
+    measured = [[{"budget": 0.3, "mac_ratio_to_stock": ratio, "accuracy": 0.9}] for ratio in (0.30, 0.32)]
+    quality = [row | {"at_budgets": measured} for row in evidence["quality"]]
+    given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}
+    told = "with the saved pruning and no other"
+    assert told in measured_card(about, evidence, **given).text
+    text = measured_card(about, evidence | {"quality": quality}, **given).text
+    assert "| 0.3 | 0.310 | 90.00 |" in text and told not in text
 
 
 def test_figures_that_arguments_were_chosen_by_make_no_card():

@@ -17,6 +17,7 @@ from ..viz.schedule_plot import schedule_picture
 
 NEEDED = ("title", "base_model", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
 TAGS = Prunable.model_tags
+SOMEWHERE = "this/repository"
 
 
 def read_about(recipe: str | Path) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def measured_card(
     picture: str,
     template: str | Path,
     schedule: str | None = None,
+    address: str = SOMEWHERE,
 ) -> ModelCard:
     """The card of the pruned model of a comparison.
 
@@ -54,6 +56,7 @@ def measured_card(
         recipe: its folder's name. picture: its accuracy over MACs, as the card names the file.
         template: a Jinja file.
         schedule: the picture that `schedule_of` draws, likewise; without it the card has none.
+        address: what the card says that the model loads from, a repository's id or a folder.
 
     Raises:
         ValueError: a comparison that arguments were chosen by.
@@ -93,23 +96,34 @@ def measured_card(
             f"--output_dir outputs/{recipe}",
             "picture": picture,
             "schedule": schedule,
+            "budgets": _at_budgets(pruned),
             "alike": all(own == evidence["prunings"][0] for own in evidence["prunings"]),
         },
-        **_of_pruning(pruning, about["pipeline_tag"]),
+        **_of_pruning(pruning, about["pipeline_tag"], address),
     )
 
 
 def unmeasured_card(
-    model: PreTrainedModel, *, title: str, base_model: str | None, license: str | None, template: str | Path
+    model: PreTrainedModel,
+    *,
+    title: str,
+    base_model: str | None,
+    license: str | None,
+    template: str | Path,
+    address: str = SOMEWHERE,
 ) -> ModelCard:
-    """The card of a model that nothing was measured of: what its config says, and that."""
+    """The card of a model that nothing was measured of: what its config says, and that.
+
+    Args:
+        address: as in `measured_card`.
+    """
     pipeline_tag = task_of(type(model).__name__).pipeline_tag
     return ModelCard.from_template(
         _metadata(title, base_model=base_model, license=license, pipeline_tag=pipeline_tag),
         template_path=str(template),
         about={"title": title, "base_model": base_model, "limits": []},
         measured=None,
-        **_of_pruning(model.config.pruning, pipeline_tag),
+        **_of_pruning(model.config.pruning, pipeline_tag, address),
     )
 
 
@@ -163,14 +177,22 @@ def _metadata(title: str, **known: Any) -> ModelCardData:
     )
 
 
-def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str) -> dict[str, Any]:
+def _at_budgets(pruned: Mapping[str, Any]) -> list[dict[str, float]]:
+    """What one checkpoint costs and gets right at each of its budgets: the means over seeds."""
+    by_budget = zip(*pruned.get("at_budgets", ()))
+    return [{name: sum(each[name] for each in own) / len(own) for name in own[0]} for own in by_budget]
+
+
+def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str, address: str) -> dict[str, Any]:
     """What the template says of a pruning, and of how such a model is loaded."""
     return {
         "sites": [] if pruning is None else sorted(pruning.sites.items()),
+        "values": [] if pruning is None else list(pruning.values),
         "budgets": [] if pruning is None else [macs for macs, _ in pruning.budgets],
         "auto_class": next(
             (task.auto for task in HEADS.values() if task.pipeline_tag == pipeline_tag), NO_HEAD.auto
         ).__name__,
+        "address": address,
         "images": pipeline_tag == "image-classification",
     }
 
