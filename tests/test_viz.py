@@ -71,6 +71,10 @@ class Page(HTMLParser):
         self.words: list[list[str]] = []
         self.gone: list[list[bool]] = []
         self.glued: list[list[bool]] = []
+        self.hues: list[list[str | None]] = []
+        """Of words that are one token with others."""
+        self.edges: list[list[int]] = []
+        """How many sides of a patch that is one token with others are drawn."""
         self.current: list[int] = []
         self.sentences: list[list[str]] = []
         self.alive: list[str] = []
@@ -90,7 +94,7 @@ class Page(HTMLParser):
         self.attributes |= set(attrs)
         self._into = None
         if tag == "article":
-            for column in (self.words, self.gone, self.glued, self.sentences):
+            for column in (self.words, self.gone, self.glued, self.hues, self.edges, self.sentences):
                 column.append([])
         elif tag == "li":
             if "aria-current" in attrs:
@@ -99,6 +103,9 @@ class Page(HTMLParser):
         elif "w" in classes and self.words:
             self.gone[-1].append("gone" in classes)
             self.glued[-1].append("on" in classes)
+            style = attrs.get("style") or "" if "one" in classes else ""
+            self.hues[-1].append(style.partition("--hue: ")[2].partition(";")[0] or None)
+            self.edges[-1].append(style.count("inset"))
             self.words[-1].append("")
             self._into = self.words[-1]
         elif "alive" in classes:
@@ -410,6 +417,40 @@ def test_outlines_go_around_all_of_a_group():
     lines = [tuple(map(tuple, line)) for line in patches._outline(own, inset=0.0)]
     borders = {line for line in lines if lines.count(line) == 1}
     assert len(borders) == len(lines) == 8  # the sides of three squares, but for the two shared ones
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_groups_in_a_browser(kind, tmp_path):
+    """Words of one token have one colour of their own, and the sides of patches go around a group, as in the PNG."""
+    model, batch, processing = tiny_classifiers()[kind]
+    model.set_pruning({"preset": "tome", "r": 3})
+    documents = explain(model, batch, processing)
+    path = write_page(tmp_path / "page.html", render_page(documents, title="t"))
+    for site in (1, 3):
+        page, log = browse(path, f"#site={site}", tmp_path / "profile")
+        assert "CONSOLE" not in log and page.text.count("outlined alike: one token") == 1
+        for sample, document in enumerate(documents):
+            carriers = document.carriers[site - 1]
+            assert len(set(carriers)) == document.counts[site - 1]
+            assert page.alive[sample].startswith(f"{document.counts[site - 1]} of {len(carriers)} tokens alive")
+            shared = [carriers.count(carrier) > 1 for carrier in carriers]
+            assert any(shared) or len(carriers) < 4
+            assert [hue is not None for hue in page.hues[sample]] == shared
+            groups = {carrier for carrier, merged in zip(carriers, shared) if merged}
+            assert len(set(page.hues[sample]) - {None}) == len(groups)
+            if kind == "image":
+                places = [divmod(place, 6) for place in range(36)]
+                own = [{at for at, each in zip(places, carriers[1:]) if each == carrier} for carrier in groups]
+                assert sum(page.edges[sample]) == sum(len(list(patches._outline(each))) for each in own)
+
+
+def test_the_legend_tells_of_groups_only_where_there_are_some():
+    plain = view(["a", "b"], [2, 2], carriers=[[0, 1], [0, -1]])
+    merging = view(["a", "b"], [2, 2], carriers=[[0, 1], [0, 0]])
+    assert [each.merges() for each in (plain, merging, view(["a"], [2]))] == [False, True, False]
+    assert "outlined alike" not in render_page([plain], title="t")
+    assert "outlined alike" in render_page([plain, merging], title="t")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
