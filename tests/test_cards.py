@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from fresh import run_fresh
 from huggingface_hub import ModelCard
+from packaging.licenses import canonicalize_license_expression
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_tokenprune import prune
+from hf_tokenprune import packaged, prune
 from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, to_baseline, unmeasured_card
 from hf_tokenprune.viz.plots import comparison_points
 
@@ -73,7 +76,7 @@ def test_a_card_is_its_evidence(recipe):
     pruned = rows["pruned"]
     (result,) = read.eval_results
     assert result.metric_value == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
-    assert read.to_dict() == made.data.to_dict() and read.base_model and read.license
+    assert read.to_dict() == made.data.to_dict() and read.base_model == about.get("base_model")
     for name in (f"{recipe.name}.png", f"{recipe.name}-schedule.png"):
         assert f"(evidence/{name})" in written
     assert f"{to_baseline(rows)['points']:+.2f} points" in written.partition("| | |")[0]
@@ -82,9 +85,47 @@ def test_a_card_is_its_evidence(recipe):
     assert entry["value"] == result.metric_value and entry["dataset"]["id"] == about["dataset"]
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_metadata_are_values_that_the_hub_knows(recipe):
+    """As far as that can be known offline: a licence of SPDX, and a task that transformers has a pipeline for."""
+    data = ModelCard(made_text(recipe)).data
+    assert canonicalize_license_expression(data.license).lower() == data.license
+    assert data.pipeline_tag in PIPELINE_REGISTRY.get_supported_tasks()
+    assert data.library_name == "transformers" and data.metrics == ["accuracy"]
+
+
+def shown(text: str) -> str:
+    """What a reader sees of a card as text: neither metadata nor code."""
+    return re.sub(r"^```.*?^```$", "", ModelCard(text).text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_cards_render(recipe):
+    text = shown(made_text(recipe))
+    assert not re.findall(r"\{['\"{%]|\[['\"]|\bNone\b|\bnan\b|Undefined|\bTrue\b|\bFalse\b", text)
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) >= 4
+    for table in tables:
+        heading, line, *rows = [row.replace("\\|", "").count("|") for row in table.splitlines()]
+        assert {heading, line, *rows} == {heading} and rows
+        assert re.fullmatch(r"(\| --- )+\|", table.splitlines()[1])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_what_a_card_says_of_its_base_is_so(recipe):
+    about, baseline = read_about(recipe), yaml.safe_load((recipe / "baseline.yaml").read_text())
+    folder = packaged.model_path(baseline["model_name_or_path"])
+    config = json.loads((folder / "config.json").read_text())
+    assert about["layers"] == config["num_hidden_layers"]
+    assert f"{about['layers']} layers, {config['hidden_size']} wide" in about["base"]
+    name, _, version = folder.name.rpartition("-")
+    assert f"{name} {version}" in about["base"]
+
+
 def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "card.yaml").write_text("title: a model\nlanguage: en\n")
-    with pytest.raises(ValueError, match="must have base_model, layers, license, pipeline_tag"):
+    with pytest.raises(ValueError, match="must have base, layers, license, pipeline_tag"):
         read_about(tmp_path)
 
 
@@ -129,7 +170,7 @@ def test_use_is_as_the_card_says(tmp_path):
         _, about, evidence = card(recipe)
         images = about["pipeline_tag"] == "image-classification"
         (block,) = re.findall(r"^```python\n(.*?)^```$", made_text(recipe), flags=re.MULTILINE | re.DOTALL)
-        (folder,) = set(re.findall(r'from_pretrained\("(.*?)"', block))
+        (folder,) = re.findall(r'^name = "(.*)"$', block, flags=re.MULTILINE)
         natives = ("Dinov2ForImageClassification", "ViTForImageClassification")
         native = next(name for name in natives if name in cases) if images else "BertForSequenceClassification"
         model = prune(tiny.build(cases[native]), evidence["prunings"][0])
@@ -154,8 +195,8 @@ def test_a_card_names_the_repository_that_it_is_for(pruning):
     given = {"title": "t", "base_model": None, "license": "mit", "template": ROOT / "model_cards" / "template.md"}
     for address in ("you/your-model", "this/repository"):
         text = unmeasured_card(model, **given, **({"address": address} if address.startswith("you") else {})).text
-        assert text.count(f'from_pretrained("{address}"') == 2
-        assert ("with_values([0.5, 0.25])" in text) == (pruning is not None)
+        assert f'\nname = "{address}"\n' in text and text.count(".from_pretrained(name") == 2
+        assert ("with_values(saved.values)" in text) == (pruning is not None)
 
 
 def test_budgets_that_were_measured_are_told():

@@ -15,7 +15,7 @@ from ..training.comparison import quality_table, time_table
 from ..viz.schedule_plot import schedule_picture
 
 
-NEEDED = ("title", "base_model", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
+NEEDED = ("title", "base", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
 TAGS = Prunable.model_tags
 SOMEWHERE = "this/repository"
 
@@ -69,7 +69,7 @@ def measured_card(
     seeds = " ".join(map(str, evidence["seeds"]))
     data = _metadata(
         about["title"],
-        base_model=about["base_model"],
+        base_model=about.get("base_model"),
         datasets=[about["dataset"]],
         eval_results=[_result(about, pruned)],
         language=about.get("language"),
@@ -121,7 +121,7 @@ def unmeasured_card(
     return ModelCard.from_template(
         _metadata(title, base_model=base_model, license=license, pipeline_tag=pipeline_tag),
         template_path=str(template),
-        about={"title": title, "base_model": base_model, "limits": []},
+        about={"title": title, "limits": []},
         measured=None,
         **_of_pruning(model.config.pruning, pipeline_tag, address),
     )
@@ -187,7 +187,6 @@ def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str, address: str) 
     """What the template says of a pruning, and of how such a model is loaded."""
     return {
         "sites": [] if pruning is None else sorted(pruning.sites.items()),
-        "values": [] if pruning is None else list(pruning.values),
         "budgets": [] if pruning is None else [macs for macs, _ in pruning.budgets],
         "auto_class": next(
             (task.auto for task in HEADS.values() if task.pipeline_tag == pipeline_tag), NO_HEAD.auto
