@@ -1,4 +1,4 @@
-"""Write a model card and its picture from what `run_comparison.py` measured.
+"""Write a model card and its pictures from what `run_comparison.py` measured.
 
     python scripts/run_card.py --recipe recipes/minilm-20newsgroups-religion \\
         --evidence model_cards/evidence/minilm-20newsgroups-religion.json
@@ -12,7 +12,7 @@ import yaml
 
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
-from hf_tokenprune.hub.cards import measured_card, read_about
+from hf_tokenprune.hub.cards import measured_card, read_about, schedule_of
 from hf_tokenprune.viz import comparison_picture
 
 
@@ -22,27 +22,40 @@ CARDS = Path(__file__).parents[1] / "model_cards"
 @dataclass
 class CardArguments:
     recipe: str = field(metadata={"help": "Folder of the recipe, with card.yaml."})
-    evidence: str = field(metadata={"help": "comparison.json; the picture is written beside it."})
+    evidence: str = field(metadata={"help": "comparison.json; the pictures are written beside it."})
     template: str = field(default=str(CARDS / "template.md"), metadata={"help": "A Jinja file."})
+    address: str | None = field(
+        default=None,
+        metadata={"help": "Where the card loads the model from: user/name; what its own command writes if not given."},
+    )
     output: str | None = field(default=None, metadata={"help": "The card; model_cards/<recipe>.md if not given."})
 
 
 def card_text(arguments: CardArguments) -> str:
-    evidence = Path(arguments.evidence)
+    evidence, recipe = Path(arguments.evidence), Path(arguments.recipe).name
+    measured = json.loads(evidence.read_text())
     card = measured_card(
         read_about(arguments.recipe),
-        json.loads(evidence.read_text()),
-        recipe=Path(arguments.recipe).name,
+        measured,
+        recipe=recipe,
+        # Where the command of the card leaves it.
+        address=arguments.address or f"outputs/{recipe}/seed-{measured['seeds'][0]}/pruned/model",
         picture=f"evidence/{evidence.stem}.png",
+        schedule=f"evidence/{_schedule(evidence).name}",
         template=arguments.template,
     )
     return f"{str(card).rstrip()}\n"
 
 
 def draw(arguments: CardArguments) -> None:
-    evidence = Path(arguments.evidence)
-    title = read_about(arguments.recipe)["title"]
-    comparison_picture(json.loads(evidence.read_text()), evidence.with_suffix(".png"), title=title)
+    path, about = Path(arguments.evidence), read_about(arguments.recipe)
+    evidence = json.loads(path.read_text())
+    comparison_picture(evidence, path.with_suffix(".png"), title=about["title"])
+    schedule_of(evidence, about, _schedule(path))
+
+
+def _schedule(evidence: Path) -> Path:
+    return evidence.with_name(f"{evidence.stem}-schedule.png")
 
 
 def main() -> None:

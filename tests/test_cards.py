@@ -1,12 +1,23 @@
 """Model cards are what their evidence says, to the letter."""
 
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+import yaml
+from fresh import run_fresh
 from huggingface_hub import ModelCard
+from packaging.licenses import canonicalize_license_expression
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about
+from hf_tokenprune import packaged, prune
+from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, to_baseline, unmeasured_card
+from hf_tokenprune.viz.plots import comparison_points
 
 
 ROOT = Path(__file__).parents[1]
@@ -16,8 +27,43 @@ RECIPES = [path.parent for path in sorted((ROOT / "recipes").glob("*/card.yaml")
 def card(recipe: Path) -> tuple[ModelCard, dict, dict]:
     evidence = json.loads((ROOT / "model_cards" / "evidence" / f"{recipe.name}.json").read_text())
     about, template = read_about(recipe), ROOT / "model_cards" / "template.md"
-    made = measured_card(about, evidence, recipe=recipe.name, picture=f"evidence/{recipe.name}.png", template=template)
+    pictures = {"picture": f"evidence/{recipe.name}.png", "schedule": f"evidence/{recipe.name}-schedule.png"}
+    address = f"outputs/{recipe.name}/seed-0/pruned/model"
+    made = measured_card(about, evidence, recipe=recipe.name, **pictures, template=template, address=address)
     return made, about, evidence
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "minilm-20newsgroups",
+        "minilm-20newsgroups-half",
+        "minilm-20newsgroups-religion",
+        "minilm-reuters-r8",
+        "dinov2-mnist",
+        "bert-tiny-20newsgroups-religion",
+    ],
+)
+def test_every_model_has_its_card(name):
+    kept = ROOT / "model_cards"
+    for path in (f"{name}.md", f"evidence/{name}.json", f"evidence/{name}.png", f"evidence/{name}-schedule.png"):
+        assert (kept / path).stat().st_size > 1000
+    assert ROOT / "recipes" / name in RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_pictures_are_of_their_evidence(recipe):
+    image_module = pytest.importorskip("PIL.Image")
+    _, about, evidence = card(recipe)
+    pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    values = [value for stage in evidence["prunings"][0]["stages"] for value in stage["values"]]
+    schedule = {"values": values, "layers": about["layers"], "mac_ratio": pruned["mac_ratio_to_unpadded"]}
+    accuracy = {"points": [asdict(point) for point in comparison_points(evidence["quality"])]}
+    for name, numbers in ((f"{recipe.name}.png", accuracy), (f"{recipe.name}-schedule.png", schedule)):
+        with image_module.open(ROOT / "model_cards" / "evidence" / name) as image:
+            assert json.loads(image.text["Description"]) == numbers
+            assert min(image.size) > 700
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 50  # not blank
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -26,19 +72,142 @@ def test_a_card_is_its_evidence(recipe):
     written = (ROOT / "model_cards" / f"{recipe.name}.md").read_text()
     assert written == f"{str(made).rstrip()}\n"
     read = ModelCard(written).data
-    pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    rows = {row["run"]: row for row in evidence["quality"]}
+    pruned = rows["pruned"]
     (result,) = read.eval_results
     assert result.metric_value == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
-    assert read.to_dict() == made.data.to_dict() and read.base_model and read.license
-    assert (ROOT / "model_cards" / "evidence" / f"{recipe.name}.png").exists()
+    assert read.to_dict() == made.data.to_dict() and read.base_model == about.get("base_model")
+    for name in (f"{recipe.name}.png", f"{recipe.name}-schedule.png"):
+        assert f"(evidence/{name})" in written
+    assert f"{to_baseline(rows)['points']:+.2f} points" in written.partition("| | |")[0]
+    assert f"{rows['baseline']['accuracy']:.2f} %" in written
     (entry,) = evaluation_results(about, evidence)
     assert entry["value"] == result.metric_value and entry["dataset"]["id"] == about["dataset"]
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_metadata_are_values_that_the_hub_knows(recipe):
+    """As far as that can be known offline: a licence of SPDX, and a task that transformers has a pipeline for."""
+    data = ModelCard(made_text(recipe)).data
+    assert canonicalize_license_expression(data.license).lower() == data.license
+    assert data.pipeline_tag in PIPELINE_REGISTRY.get_supported_tasks()
+    assert data.library_name == "transformers" and data.metrics == ["accuracy"]
+
+
+def shown(text: str) -> str:
+    """What a reader sees of a card as text: neither metadata nor code."""
+    return re.sub(r"^```.*?^```$", "", ModelCard(text).text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_cards_render(recipe):
+    text = shown(made_text(recipe))
+    assert not re.findall(r"\{['\"{%]|\[['\"]|\bNone\b|\bnan\b|Undefined|\bTrue\b|\bFalse\b", text)
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) >= 4
+    for table in tables:
+        heading, line, *rows = [row.replace("\\|", "").count("|") for row in table.splitlines()]
+        assert {heading, line, *rows} == {heading} and rows
+        assert re.fullmatch(r"(\| --- )+\|", table.splitlines()[1])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_what_a_card_says_of_its_base_is_so(recipe):
+    about, baseline = read_about(recipe), yaml.safe_load((recipe / "baseline.yaml").read_text())
+    folder = packaged.model_path(baseline["model_name_or_path"])
+    config = json.loads((folder / "config.json").read_text())
+    assert about["layers"] == config["num_hidden_layers"]
+    assert f"{about['layers']} layers, {config['hidden_size']} wide" in about["base"]
+    name, _, version = folder.name.rpartition("-")
+    assert f"{name} {version}" in about["base"]
+
+
 def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "card.yaml").write_text("title: a model\nlanguage: en\n")
-    with pytest.raises(ValueError, match="must have base_model, license, pipeline_tag"):
+    with pytest.raises(ValueError, match="must have base, layers, license, pipeline_tag"):
         read_about(tmp_path)
+
+
+@pytest.mark.parametrize("limits", ["\n- plain\n- So small: it gains nothing.", " one", "\n- 5", " 7", ""])
+def test_limits_are_sentences(limits, tmp_path):
+    whole = (RECIPES[0] / "card.yaml").read_text().split("limits:")[0]
+    (tmp_path / "card.yaml").write_text(f"{whole}limits:{limits}\n")
+    with pytest.raises(ValueError, match=r"limits \(.*\) of .*card.yaml must be a list of strings: quote one"):
+        read_about(tmp_path)
+
+
+def test_a_baseline_that_was_better_is_not_hidden():
+    _, about, evidence = card(ROOT / "recipes" / "bert-tiny-20newsgroups-religion")
+    given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}
+    said = measured_card(about, evidence, **given).text
+    assert "-0.42 points of accuracy to the baseline that it started from" in said
+    assert "Training on cost accuracy by itself: without pruning 1.67 points" in said
+    quality = [row | {"interval_to_baseline": [-1.5, 0.5]} for row in evidence["quality"]]
+    said = measured_card(about, evidence | {"quality": quality}, **given).text
+    assert "-0.42 points of accuracy (95 % interval -1.50 to +0.50) to the baseline" in said
+
+
+def test_the_difference_to_the_baseline_is_seed_by_seed():
+    rows = {"baseline": {"accuracies": [90.0, 92.0]}, "pruned": {"accuracies": [91.0, 90.0]}}
+    assert to_baseline(rows) == {"points": -0.5, "of_each_seed": [1.0, -2.0], "interval": None}
+
+
+RUN_BLOCKS = """
+for block, saved in ARGUMENTS["blocks"]:
+    known = {}
+    exec(block, known)
+    assert known["model"].config.pruning.to_dict() == saved, known["model"].config.pruning
+    RESULT[block] = list(known["outputs"].logits.shape)
+"""
+
+
+def test_use_is_as_the_card_says(tmp_path):
+    """In a process without this package, where tiny models lie at the addresses that the cards name."""
+    cases = {case.native.__name__: case for case in tiny.cases(tiny.HEADS)}
+    blocks, shapes = [], []
+    for recipe in RECIPES:
+        _, about, evidence = card(recipe)
+        images = about["pipeline_tag"] == "image-classification"
+        (block,) = re.findall(r"^```python\n(.*?)^```$", made_text(recipe), flags=re.MULTILINE | re.DOTALL)
+        (folder,) = re.findall(r'^name = "(.*)"$', block, flags=re.MULTILINE)
+        natives = ("Dinov2ForImageClassification", "ViTForImageClassification")
+        native = next(name for name in natives if name in cases) if images else "BertForSequenceClassification"
+        model = prune(tiny.build(cases[native]), evidence["prunings"][0])
+        if "token_prior" in {site.saliency for site in model.config.pruning.sites.values()}:
+            model.base_model.set_token_prior(torch.linspace(1, 2, tiny.VOCABULARY))  # training fills it
+        model.save_pretrained(tmp_path / folder)
+        sides = {"height": 24, "width": 24}
+        processing = ViTImageProcessorPil(size=sides) if images else tiny.tokenizer()
+        processing.save_pretrained(tmp_path / folder)
+        blocks.append((block, model.config.pruning.to_dict()))
+        shapes.append([1, 3])
+    assert list(run_fresh(RUN_BLOCKS, tmp_path, blocks=blocks).result.values()) == shapes
+
+
+def made_text(recipe: Path) -> str:
+    return (ROOT / "model_cards" / f"{recipe.name}.md").read_text()
+
+
+@pytest.mark.parametrize("pruning", [None, {"preset": "top_k", "layers": [1, 3], "keep_rate": 0.5}])
+def test_a_card_names_the_repository_that_it_is_for(pruning):
+    model = prune(tiny.build(tiny.cases(tiny.HEADS)[0]), pruning)
+    given = {"title": "t", "base_model": None, "license": "mit", "template": ROOT / "model_cards" / "template.md"}
+    for address in ("you/your-model", "this/repository"):
+        text = unmeasured_card(model, **given, **({"address": address} if address.startswith("you") else {})).text
+        assert f'\nname = "{address}"\n' in text and text.count(".from_pretrained(name") == 2
+        assert ("with_values(saved.values)" in text) == (pruning is not None)
+
+
+def test_budgets_that_were_measured_are_told():
+    _, about, evidence = card(ROOT / "recipes" / "bert-tiny-20newsgroups-religion")
+    measured = [[{"budget": 0.3, "mac_ratio_to_stock": ratio, "accuracy": 0.9}] for ratio in (0.30, 0.32)]
+    quality = [row | {"at_budgets": measured} for row in evidence["quality"]]
+    given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}
+    told = "with the saved pruning and no other"
+    assert told in measured_card(about, evidence, **given).text
+    text = measured_card(about, evidence | {"quality": quality}, **given).text
+    assert "| 0.3 | 0.310 | 90.00 |" in text and told not in text
 
 
 def test_figures_that_arguments_were_chosen_by_make_no_card():

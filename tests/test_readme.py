@@ -1,7 +1,7 @@
 """Every code block of the README runs, but for commands of several machines and those that take hours.
 
 Names like `your/bert` are folders here, with tiny models and data, and commands get further arguments that make them
-short. Not among the ordinary tests: `pytest -m readme`.
+short. Not among the ordinary tests: `pytest -m readme`. The figures of its tables are those of the evidence.
 """
 
 import json
@@ -20,9 +20,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_tokenprune import prune
+from hf_tokenprune.training.comparison import quality_table
 
-
-pytestmark = pytest.mark.readme
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -90,6 +89,7 @@ def hub() -> Iterator[dict[str, str]]:
     hub_server.USER = "founder"
 
 
+@pytest.mark.readme
 @pytest.mark.real
 @pytest.mark.parametrize("command", commands())
 def test_commands(command, place, hub):
@@ -102,6 +102,7 @@ def test_commands(command, place, hub):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.readme
 def test_python(place, monkeypatch, hub):
     """One after the other, with what they take for granted."""
     monkeypatch.chdir(place)
@@ -121,3 +122,48 @@ def test_python(place, monkeypatch, hub):
     for language, block in BLOCKS:
         if language == "python":
             exec(compile(block, "README.md", "exec"), known)
+
+
+def evidence(name: str) -> dict:
+    return json.loads((ROOT / "model_cards" / "evidence" / f"{name}.json").read_text())
+
+
+def front_table() -> list[tuple[list[str], dict[str, dict], dict]]:
+    """Of each row of the first table: its cells, the runs of its comparison by name, and how its model was timed.
+
+    A row has the runs of the card that it links, else those of the row before; it is of `pruned` unless it names a run.
+    """
+    rows, comparison = [], {}
+    table = re.search(r"(?:^\|.*\n)+", TEXT, flags=re.MULTILINE)[0].splitlines()[2:]
+    for line in table:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        card = re.search(r"\(model_cards/([\w-]+)\.md\)", cells[0])
+        comparison = evidence(card[1]) if card else comparison
+        runs = {row["run"]: row for row in comparison["quality"]}
+        own = re.search(r"`(.+?)`", cells[0])
+        runs["pruned"] = runs[own[1]] if own else runs["pruned"]
+        apart = re.search(r"\(model_cards/evidence/([\w-]+)\.json\)", cells[2])
+        assert bool(own) == bool(apart)  # another run than the one that the comparison timed
+        timed = evidence(apart[1])["rows"] if apart else comparison["speed"]["rows"]
+        rows.append((cells, runs, next(row for row in timed if row["model"] == "pruned")))
+    return rows
+
+
+def test_the_front_table_is_what_was_measured():
+    rows = front_table()
+    assert len(rows) >= 6
+    for (name, macs, speed, points, truncated), runs, timed in rows:
+        pruned = runs["pruned"]
+        low, high = pruned["interval"]
+        assert macs == f"{1 / pruned['mac_ratio_to_unpadded']:.2f}x fewer", name
+        assert speed.startswith(f"{timed['speedup_to_unpadded']:.2f}x the speed"), name
+        assert points == f"{pruned['points_to_control']:+.2f} [{low:+.2f}, {high:+.2f}]", name
+        told = f"{runs['truncated']['points_to_control']:+.2f}" if "truncated" in runs else None
+        assert truncated == told if told else truncated in ("", "not measured"), name
+    said = re.search(r"padded stock model in arrival order the times are (.*?)\.\n", TEXT, flags=re.DOTALL)[1]
+    assert re.findall(r"\d+\.\d+x", said) == [f"{timed['speedup_to_padded']:.2f}x" for *_, timed in rows]
+    assert TEXT.count("| three seeds each |") == 1 and all(len(runs["pruned"]["seeds"]) == 3 for _, runs, _ in rows)
+
+
+def test_the_comparison_of_two_groups_is_what_was_measured():
+    assert quality_table(evidence("minilm-20newsgroups-religion")["quality"]) in TEXT

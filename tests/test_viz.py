@@ -1,13 +1,11 @@
-"""Pictures: the page of kept words and the plot of accuracy over arithmetic."""
+"""The page of kept words, and the picture of patches."""
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,14 +16,11 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_tokenprune import prune
 from hf_tokenprune.viz import (
     DocumentView,
-    OperatingPoint,
-    accuracy_over_macs,
     document_views,
     draw_patches,
     explain,
     kept_words,
     patches,
-    plots,
     render_page,
     write_page,
 )
@@ -76,6 +71,10 @@ class Page(HTMLParser):
         self.words: list[list[str]] = []
         self.gone: list[list[bool]] = []
         self.glued: list[list[bool]] = []
+        self.hues: list[list[str | None]] = []
+        """Of words that are one token with others."""
+        self.edges: list[list[int]] = []
+        """How many sides of a patch that is one token with others are drawn."""
         self.current: list[int] = []
         self.sentences: list[list[str]] = []
         self.alive: list[str] = []
@@ -95,7 +94,7 @@ class Page(HTMLParser):
         self.attributes |= set(attrs)
         self._into = None
         if tag == "article":
-            for column in (self.words, self.gone, self.glued, self.sentences):
+            for column in (self.words, self.gone, self.glued, self.hues, self.edges, self.sentences):
                 column.append([])
         elif tag == "li":
             if "aria-current" in attrs:
@@ -104,6 +103,9 @@ class Page(HTMLParser):
         elif "w" in classes and self.words:
             self.gone[-1].append("gone" in classes)
             self.glued[-1].append("on" in classes)
+            style = attrs.get("style") or "" if "one" in classes else ""
+            self.hues[-1].append(style.partition("--hue: ")[2].partition(";")[0] or None)
+            self.edges[-1].append(style.count("inset"))
             self.words[-1].append("")
             self._into = self.words[-1]
         elif "alive" in classes:
@@ -419,6 +421,40 @@ def test_outlines_go_around_all_of_a_group():
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 @pytest.mark.parametrize("kind", ["text", "image"])
+def test_groups_in_a_browser(kind, tmp_path):
+    """Words of one token have one colour of their own, and the sides of patches go around a group, as in the PNG."""
+    model, batch, processing = tiny_classifiers()[kind]
+    model.set_pruning({"preset": "tome", "r": 3})
+    documents = explain(model, batch, processing)
+    path = write_page(tmp_path / "page.html", render_page(documents, title="t"))
+    for site in (1, 3):
+        page, log = browse(path, f"#site={site}", tmp_path / "profile")
+        assert "CONSOLE" not in log and page.text.count("outlined alike: one token") == 1
+        for sample, document in enumerate(documents):
+            carriers = document.carriers[site - 1]
+            assert len(set(carriers)) == document.counts[site - 1]
+            assert page.alive[sample].startswith(f"{document.counts[site - 1]} of {len(carriers)} tokens alive")
+            shared = [carriers.count(carrier) > 1 for carrier in carriers]
+            assert any(shared) or len(carriers) < 4
+            assert [hue is not None for hue in page.hues[sample]] == shared
+            groups = {carrier for carrier, merged in zip(carriers, shared) if merged}
+            assert len(set(page.hues[sample]) - {None}) == len(groups)
+            if kind == "image":
+                places = [divmod(place, 6) for place in range(36)]
+                own = [{at for at, each in zip(places, carriers[1:]) if each == carrier} for carrier in groups]
+                assert sum(page.edges[sample]) == sum(len(list(patches._outline(each))) for each in own)
+
+
+def test_the_legend_tells_of_groups_only_where_there_are_some():
+    plain = view(["a", "b"], [2, 2], carriers=[[0, 1], [0, -1]])
+    merging = view(["a", "b"], [2, 2], carriers=[[0, 1], [0, 0]])
+    assert [each.merges() for each in (plain, merging, view(["a"], [2]))] == [False, True, False]
+    assert "outlined alike" not in render_page([plain], title="t")
+    assert "outlined alike" in render_page([plain, merging], title="t")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("kind", ["text", "image"])
 def test_pointing_in_a_browser(kind, tmp_path):
     model, batch, processing = tiny_classifiers()[kind]
     documents = explain(model, batch, processing)
@@ -446,79 +482,3 @@ def test_a_long_document_opens_at_once(tmp_path):
     page, log = browse(path, "", tmp_path / "profile")
     assert "CONSOLE" not in log and len(page.words[0]) == 512
     assert int(page.title) < 1000
-
-
-def crowded_points() -> list[OperatingPoint]:
-    return [
-        OperatingPoint("unpruned", 4.1, 0.916, 0.894, 0.935),
-        OperatingPoint("top_k 0.7", 2.5, 0.911, 0.889, 0.931),
-        OperatingPoint("evit 0.7", 2.56, 0.9135, 0.891, 0.933),
-        OperatingPoint("power_bert", 2.52, 0.905, 0.881, 0.925),
-        OperatingPoint("tome $r=8$", 2.52, 0.905),
-        OperatingPoint("top_k 0.5", 1.8, 0.896, 0.872, 0.917),
-    ]
-
-
-@pytest.mark.parametrize("points", [crowded_points(), [OperatingPoint("alone", 1e-3, 1.0)]], ids=["crowded", "alone"])
-def test_plot_is_an_image(tmp_path, points):
-    pytest.importorskip("matplotlib")
-    image_module = pytest.importorskip("PIL.Image")
-    path = accuracy_over_macs(points, tmp_path / "plot.png", title="a $title")
-    with image_module.open(path) as image:
-        assert image.format == "PNG"
-        assert min(image.size) > 400
-        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
-    assert os.listdir(tmp_path) == ["plot.png"]
-
-
-def test_plot_labels_do_not_overlap():
-    pytest.importorskip("matplotlib")
-    from matplotlib.text import Annotation, Text
-
-    points = crowded_points()
-    figure = plots._draw(points, "t")
-    figure.canvas.draw()
-    axes = figure.axes[0]
-    labels = [text for text in axes.texts if isinstance(text, Annotation)]
-    assert sorted(label.get_text() for label in labels) == sorted(point.name for point in points)
-    frame = axes.get_window_extent()
-    boxes = [Text.get_window_extent(label) for label in labels]
-    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
-    for box in boxes:
-        assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
-        assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
-        for point in points:
-            assert not box.contains(*axes.transData.transform((point.macs, point.accuracy)))
-
-
-def test_plot_leaves_the_callers_matplotlib_alone(tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    before = pyplot.get_fignums()
-    accuracy_over_macs(crowded_points()[:1], tmp_path / "plot.png", title="t")
-    assert pyplot.get_fignums() == before
-
-
-def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"hf_tokenprune\[viz\]"):
-        accuracy_over_macs(crowded_points(), tmp_path / "plot.png", title="t")
-    assert not os.listdir(tmp_path)
-
-
-def test_plot_needs_points(tmp_path):
-    with pytest.raises(ValueError, match="at least one"):
-        accuracy_over_macs([], tmp_path / "plot.png", title="t")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ((0.0, 0.5), r"macs \(0.0\)"),
-        ((1.0, 91.6), r"accuracy \(91.6\)"),
-        ((1.0, 0.5, 0.4), "given together"),
-        ((1.0, 0.5, 0.6, 0.7), r"interval \(0.6, 0.7\)"),
-    ],
-)
-def test_operating_points_check_themselves(values, message):
-    with pytest.raises(ValueError, match=message):
-        OperatingPoint("name", *values)

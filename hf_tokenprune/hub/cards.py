@@ -12,10 +12,12 @@ from ..checkpoints import HEADS, NO_HEAD, task_of
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
 from ..training.comparison import quality_table, time_table
+from ..viz.schedule_plot import schedule_picture
 
 
-NEEDED = ("title", "base_model", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
+NEEDED = ("title", "base", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
 TAGS = Prunable.model_tags
+SOMEWHERE = "this/repository"
 
 
 def read_about(recipe: str | Path) -> dict[str, Any]:
@@ -23,13 +25,17 @@ def read_about(recipe: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: there is none.
-        ValueError: something is missing in it.
+        ValueError: something is missing in it, or a limit is no string.
     """
     path = Path(recipe) / "card.yaml"
     about = yaml.safe_load(path.read_text())
     missing = [name for name in NEEDED if name not in (about if isinstance(about, Mapping) else {})]
     if missing:
         raise ValueError(f"{path} must have {', '.join(missing)}")
+    limits = about["limits"]
+    wrong = [each for each in limits if not isinstance(each, str)] if isinstance(limits, list) else [limits]
+    if wrong:
+        raise ValueError(f"limits ({wrong[0]!r}) of {path} must be a list of strings: quote one that has ': ' in it")
     return about
 
 
@@ -40,6 +46,8 @@ def measured_card(
     recipe: str,
     picture: str,
     template: str | Path,
+    schedule: str | None = None,
+    address: str = SOMEWHERE,
 ) -> ModelCard:
     """The card of the pruned model of a comparison.
 
@@ -47,6 +55,8 @@ def measured_card(
         about: as `read_about` gives it. evidence: what `run_comparison.py` wrote.
         recipe: its folder's name. picture: its accuracy over MACs, as the card names the file.
         template: a Jinja file.
+        schedule: the picture that `schedule_of` draws, likewise; without it the card has none.
+        address: what the card says that the model loads from, a repository's id or a folder.
 
     Raises:
         ValueError: a comparison that arguments were chosen by.
@@ -59,7 +69,7 @@ def measured_card(
     seeds = " ".join(map(str, evidence["seeds"]))
     data = _metadata(
         about["title"],
-        base_model=about["base_model"],
+        base_model=about.get("base_model"),
         datasets=[about["dataset"]],
         eval_results=[_result(about, pruned)],
         language=about.get("language"),
@@ -73,30 +83,47 @@ def measured_card(
         about=about,
         measured={
             "pruned": pruned,
+            "baseline": rows["baseline"],
+            "control": rows["control"],
+            "to_baseline": to_baseline(rows),
             "quality": quality_table(evidence["quality"]),
             "speed": time_table(**evidence["speed"]) if "speed" in evidence else None,
             "timed": evidence.get("speed", {}).get("rows", [{}])[-1],
             "seeds": evidence["seeds"],
+            "of_seeds": ("seed " if len(evidence["seeds"]) == 1 else "mean of seeds ") + seeds.replace(" ", ", "),
             "machine": evidence["machine"],
             "command": f"python scripts/run_comparison.py --recipe recipes/{recipe} --seeds {seeds} "
             f"--output_dir outputs/{recipe}",
             "picture": picture,
+            "schedule": schedule,
+            "budgets": _at_budgets(pruned),
+            "alike": all(own == evidence["prunings"][0] for own in evidence["prunings"]),
         },
-        **_of_pruning(pruning, about["pipeline_tag"]),
+        **_of_pruning(pruning, about["pipeline_tag"], address),
     )
 
 
 def unmeasured_card(
-    model: PreTrainedModel, *, title: str, base_model: str | None, license: str | None, template: str | Path
+    model: PreTrainedModel,
+    *,
+    title: str,
+    base_model: str | None,
+    license: str | None,
+    template: str | Path,
+    address: str = SOMEWHERE,
 ) -> ModelCard:
-    """The card of a model that nothing was measured of: what its config says, and that."""
+    """The card of a model that nothing was measured of: what its config says, and that.
+
+    Args:
+        address: as in `measured_card`.
+    """
     pipeline_tag = task_of(type(model).__name__).pipeline_tag
     return ModelCard.from_template(
         _metadata(title, base_model=base_model, license=license, pipeline_tag=pipeline_tag),
         template_path=str(template),
-        about={"title": title, "base_model": base_model, "limits": []},
+        about={"title": title, "limits": []},
         measured=None,
-        **_of_pruning(model.config.pruning, pipeline_tag),
+        **_of_pruning(model.config.pruning, pipeline_tag, address),
     )
 
 
@@ -112,6 +139,35 @@ def evaluation_results(about: Mapping[str, Any], evidence: Mapping[str, Any]) ->
     return eval_result_entries_to_yaml([entry])
 
 
+def schedule_of(evidence: Mapping[str, Any], about: Mapping[str, Any], path: str | Path) -> Path:
+    """Draws the schedule of the first seed of a comparison.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    return schedule_picture(
+        PruningConfig.from_dict(evidence["prunings"][0]),
+        path,
+        layers=about["layers"],
+        title=about["title"],
+        mac_ratio=pruned["mac_ratio_to_unpadded"],
+    )
+
+
+def to_baseline(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the pruned model gained or lost on the baseline that it started from, in points.
+
+    Args:
+        rows: the runs of a comparison by name. `interval_to_baseline` of the pruned one is a paired interval, which
+            takes predictions; accuracies alone give none.
+    """
+    pruned = rows["pruned"]
+    differences = [own - before for own, before in zip(pruned["accuracies"], rows["baseline"]["accuracies"])]
+    points = sum(differences) / len(differences)
+    return {"points": points, "of_each_seed": differences, "interval": pruned.get("interval_to_baseline")}
+
+
 def _metadata(title: str, **known: Any) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
@@ -121,7 +177,13 @@ def _metadata(title: str, **known: Any) -> ModelCardData:
     )
 
 
-def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str) -> dict[str, Any]:
+def _at_budgets(pruned: Mapping[str, Any]) -> list[dict[str, float]]:
+    """What one checkpoint costs and gets right at each of its budgets: the means over seeds."""
+    by_budget = zip(*pruned.get("at_budgets", ()))
+    return [{name: sum(each[name] for each in own) / len(own) for name in own[0]} for own in by_budget]
+
+
+def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str, address: str) -> dict[str, Any]:
     """What the template says of a pruning, and of how such a model is loaded."""
     return {
         "sites": [] if pruning is None else sorted(pruning.sites.items()),
@@ -129,6 +191,7 @@ def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str) -> dict[str, A
         "auto_class": next(
             (task.auto for task in HEADS.values() if task.pipeline_tag == pipeline_tag), NO_HEAD.auto
         ).__name__,
+        "address": address,
         "images": pipeline_tag == "image-classification",
     }
 

@@ -5,6 +5,7 @@ from .kept_words import DocumentView, Picture, document_views, render_page, writ
 from .patches import draw_patches
 from .plots import OperatingPoint, accuracy_over_macs, comparison_picture
 from .profile_plots import draw_tokens
+from .schedule_plot import schedule_picture
 
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "draw_tokens",
     "explain",
     "render_page",
+    "schedule_picture",
     "write_page",
 ]

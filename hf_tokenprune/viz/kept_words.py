@@ -109,6 +109,11 @@ class DocumentView:
         """Original positions still carried at the input and after each site, `S + 1` numbers."""
         return [sum(depth >= site for depth in self.last_site) for site in range(len(self.layers) + 1)]
 
+    def merges(self) -> bool:
+        """Whether several positions are ever one token."""
+        alive = ([carrier for carrier in row if carrier >= 0] for row in self.carriers or ())
+        return any(len(set(row)) < len(row) for row in alive)
+
     def trace(self) -> str:
         """What the page's script reads, as JSON."""
         scores = [[None if value is None else float(f"{value:.3g}") for value in row] for row in self.scores or ()]
@@ -316,6 +321,7 @@ def render_page(documents: Sequence[DocumentView], *, title: str, summary: str =
         sites=len(layers),
         names=names,
         legend=_legend(fates, documents),
+        merged=any(document.merges() for document in documents),
         fates=fates,
         documents=[
             (document, _steps(document), *_split(document), _address(document.picture)) for document in documents

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-_INK, _SOFT, _ACCENT = "#1f2328", "#8c959f", "#0b6e8f"
+INK, _SOFT, ACCENT = "#1f2328", "#8c959f", "#0b6e8f"
 _MARKER_POINTS = 7.0
 _LABEL_DISTANCES = (9, 22, 36, 52, 70, 90)  # points
 _LABEL_DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (0.8, 0.7), (-0.8, 0.7), (0.8, -0.7), (-0.8, -0.7))
@@ -69,19 +70,36 @@ def accuracy_over_macs(points: Sequence[OperatingPoint], path: str | os.PathLike
     """
     if not points:
         raise ValueError("points is empty: a plot needs at least one")
-    content = io.BytesIO()
-    _draw(points, title).savefig(content, format="png")
-    return write_atomically(path, content.getvalue())
+    return write_atomically(path, as_png(_draw(points, title), {"points": [asdict(point) for point in points]}))
 
 
 def comparison_picture(evidence: Mapping[str, Any], path: str | os.PathLike[str], *, title: str) -> Path:
-    """`accuracy_over_macs` of the runs of a comparison, as `run_comparison.py` wrote it down."""
-    points = [
-        OperatingPoint(row["run"], row["gmacs"], row["accuracy"] / 100)
-        for row in evidence["quality"]
-        if row["run"] != "baseline"
-    ]
-    return accuracy_over_macs(points, path, title=title)
+    """The runs of a comparison, as `run_comparison.py` wrote it down, over their arithmetic.
+
+    A run's bar is the 95 % interval of its difference to the control, set upon the control's accuracy.
+    """
+    points = comparison_points(evidence["quality"])
+    figure = _draw(points, title)
+    figure.axes[0].set_ylabel("accuracy; bars: 95 % interval of the difference to control", color=INK)
+    return write_atomically(path, as_png(figure, {"points": [asdict(point) for point in points]}))
+
+
+def comparison_points(quality: Sequence[Mapping[str, Any]]) -> list[OperatingPoint]:
+    control = next(row["accuracy"] for row in quality if row["run"] == "control")
+    points = []
+    for row in quality:
+        accuracy, ends = row["accuracy"], [control + end for end in row["interval"]]
+        # Sums of floats may miss an accuracy that is an end itself.
+        low, high = max(0.0, min(accuracy, *ends)), min(100.0, max(accuracy, *ends))
+        points.append(OperatingPoint(row["run"], row["gmacs"], accuracy / 100, low / 100, high / 100))
+    return points
+
+
+def as_png(figure: Figure, drawn: Mapping[str, Any]) -> bytes:
+    """The figure, with the numbers that it was drawn from as the PNG's "Description", so that they can be checked."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Description": json.dumps(drawn)})
+    return content.getvalue()
 
 
 def _draw(points: Sequence[OperatingPoint], title: str) -> Figure:
@@ -97,8 +115,8 @@ def _new_figure(title: str) -> tuple[Figure, Axes]:
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = empty_figure(title)
-    axes.set_xlabel("giga multiply-accumulates per input", color=_INK)
-    axes.set_ylabel("accuracy", color=_INK)
+    axes.set_xlabel("giga multiply-accumulates per input", color=INK)
+    axes.set_ylabel("accuracy", color=INK)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     return figure, axes
 
@@ -111,12 +129,12 @@ def empty_figure(title: str) -> tuple[Figure, Axes]:
     """
     figure = _canvas(8, 5)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12, parse_math=False, wrap=True)
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=12, parse_math=False, wrap=True)
     axes.grid(color="#d1d9e0", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_SOFT)
-    axes.tick_params(colors=_INK, length=0)
+    axes.tick_params(colors=INK, length=0)
     return figure, axes
 
 
@@ -129,7 +147,7 @@ def empty_panels(title: str, panels: int, columns: int) -> tuple[Figure, list[Ax
     columns = min(columns, panels)
     rows = -(-panels // columns)
     figure = _canvas(2.5 * columns, 2.7 * rows + 0.5)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK, parse_math=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(panels)]
 
 
@@ -156,7 +174,7 @@ def _draw_point(axes: Axes, point: OperatingPoint) -> None:
         yerr=error,
         fmt="o",
         markersize=_MARKER_POINTS,
-        color=_ACCENT,
+        color=ACCENT,
         ecolor=_SOFT,
         elinewidth=1.2,
         capsize=3,
@@ -265,7 +283,7 @@ def _label(axes: Axes, point: OperatingPoint, offset: tuple[float, float]) -> An
         ha="center" if abs(x) < 1 else "left" if x > 0 else "right",
         va="center" if abs(y) < 1 else "bottom" if y > 0 else "top",
         fontsize=9,
-        color=_INK,
+        color=INK,
         path_effects=[withStroke(linewidth=2.5, foreground="white")],
         parse_math=False,  # a name is text: "$" in it is no formula
         arrowprops={"arrowstyle": "-", "color": _SOFT, "linewidth": 0.7, "shrinkB": 4} if far else None,
