@@ -22,7 +22,14 @@ from hf_tokenprune import packaged
 from hf_tokenprune.checkpoints import load_model, load_processing
 from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
 from hf_tokenprune.convert import prune
-from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, unmeasured_card
+from hf_tokenprune.hub.cards import (
+    SOMEWHERE,
+    evaluation_results,
+    measured_card,
+    read_about,
+    schedule_of,
+    unmeasured_card,
+)
 from hf_tokenprune.hub.push import push, stage
 from hf_tokenprune.viz import comparison_picture
 
@@ -65,19 +72,21 @@ def make(arguments: PushArguments, scratch: Path) -> Path:
     model = load_model(source)
     processing = load_processing(source, model.config)
     model = prune(model, _pruning(arguments, model, processing))
+    address = arguments.repo_id or SOMEWHERE
     if arguments.recipe is None:
         title = arguments.title or (arguments.repo_id or folder.name).rpartition("/")[2]
         known = {"base_model": arguments.base_model, "license": arguments.license}
-        card = unmeasured_card(model, title=title, **known, template=arguments.template)
+        card = unmeasured_card(model, title=title, **known, template=arguments.template, address=address)
         return stage(folder, model, processing, card)
     about, evidence = read_about(arguments.recipe), json.loads(Path(arguments.evidence).read_text())
     if (model.config.pruning and model.config.pruning.to_dict()) not in evidence["prunings"]:
         raise ValueError(f"evidence ({arguments.evidence}) must be of this model's pruning, and is of others")
     picture = comparison_picture(evidence, scratch / "accuracy_over_macs.png", title=about["title"])
-    name = Path(arguments.recipe).name
-    card = measured_card(about, evidence, recipe=name, picture=picture.name, template=arguments.template)
+    drawn = schedule_of(evidence, about, scratch / "schedule.png")
+    named = {"recipe": Path(arguments.recipe).name, "picture": picture.name, "schedule": drawn.name}
+    card = measured_card(about, evidence, **named, template=arguments.template, address=address)
     results = evaluation_results(about, evidence)
-    return stage(folder, model, processing, card, evidence=evidence, pictures=[picture], results=results)
+    return stage(folder, model, processing, card, evidence=evidence, pictures=[picture, drawn], results=results)
 
 
 def _pruning(arguments: PushArguments, model: PreTrainedModel, processing: Any) -> Any:
