@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from transformers import ViTForImageClassification
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from hf_tokenprune import count_macs, prune
 from hf_tokenprune.profiling import energy, peak_memory, session
@@ -105,18 +107,38 @@ def test_memory_is_what_was_held():
     assert 60 << 20 < peak_resident(call) < 80 << 20
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(model, tmp_path, monkeypatch):
-    run = Session.run
+@pytest.fixture
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets every model run out of memory in batches of more than so many texts."""
+    forward = BertEmbeddings.forward
 
-    def short_of_memory(self: Session, notes: list[str]) -> Any:
-        if self.size > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
-        return run(self, notes)
+    def shorten(most: int) -> None:
+        def short(self: BertEmbeddings, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if input_ids.shape[0] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+            return forward(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(Session, "run", short_of_memory)
-    report = profile(model, tmp_path / "out", batch_size=8)
-    assert report.subject["batch_size"] == 2
-    assert "Out of memory in batches of 8: halved to 2." in (tmp_path / "out" / "report.md").read_text()
+        monkeypatch.setattr(BertEmbeddings, "forward", short)
+
+    return shorten
+
+
+def test_out_of_memory_halves_the_batch_and_leaves_larger_ones_out(model, tmp_path, short_of_memory):
+    short_of_memory(2)
+    default = ProfileArguments().batch_sizes
+    report = profile(model, tmp_path / "out", batch_size=8, batch_sizes=default)
+    assert report.subject["batch_size"] == 2 and list(report.by_batch_size) == [1, 2]
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "Out of memory in batches of 8: halved to 2." in written
+    assert "Out of memory in batches of 4: latency over batch size is without 4 and 16." in written
+
+
+def test_the_largest_of_the_default_batches_may_not_fit(model, tmp_path, short_of_memory):
+    short_of_memory(8)
+    defaults = ProfileArguments()
+    report = profile(model, tmp_path / "out", batch_size=defaults.batch_size, batch_sizes=defaults.batch_sizes)
+    assert report.subject["batch_size"] == 8 and list(report.by_batch_size) == [1, 4, 8]
+    assert "Out of memory in batches of 16: latency over batch size is without 16." in report.notes
 
 
 def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypatch):

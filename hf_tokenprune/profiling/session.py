@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -32,9 +33,9 @@ class Session:
 
     def __init__(self, arguments: ProfileArguments, subject: Subject, accelerator: Accelerator, folder: Path):
         self.arguments, self.subject, self.accelerator, self.folder = arguments, subject, accelerator, folder
-        self.size = arguments.batch_size
+        self.size = min(arguments.batch_size, len(subject.inputs))
         self.models = subject.models
-        self.batch = subject.batch(list(range(min(self.size, len(subject.inputs)))))
+        self.batch = subject.batch(list(range(self.size)))
 
     def run(self, notes: list[str]) -> Report:
         layer_seconds = self.operators()
@@ -42,7 +43,8 @@ class Session:
         macs = {name: counts for name, (counts, _) in work.items()}
         flops, flop_notes = self.flops()
         memory = self.memory()
-        timings, by_batch_size = self.latency(), self.latency_by_batch_size()
+        timings = self.latency()
+        by_batch_size, size_notes = self.latency_by_batch_size()
         energy, energy_notes = self.energy()
         left = _total(macs["pruned"]) / _total(macs["unpadded"])
         inputs = len(self.subject.inputs)
@@ -71,7 +73,7 @@ class Session:
             by_batch_size=by_batch_size,
             curve=self.curve(),
             verdict=verdict(timings, by_batch_size, left, self.size, str(device["device"])),
-            notes=[*notes, *flop_notes, *energy_notes],
+            notes=[*notes, *size_notes, *flop_notes, *energy_notes],
         )
 
     def operators(self) -> dict[str, list[float]]:
@@ -164,23 +166,35 @@ class Session:
             progress=lambda steps: tqdm(steps, desc="rounds"),
         )
 
-    def latency_by_batch_size(self) -> dict[int, dict[str, Timing]]:
-        """Of one batch of each size that there are inputs for."""
-        timings = {}
-        for size in sorted({*self.arguments.batch_sizes, self.size}):
-            if size > len(self.subject.inputs):
-                continue
-            batch = self.subject.batch(list(range(size)))
-            calls = {name: _call(model, batch) for name, model in self.models.items()}
-            calls["padded"] = calls.pop("baseline")
-            with torch.inference_mode():
-                timings[size] = time_interleaved(
-                    calls,
-                    rounds=self.arguments.rounds,
-                    seconds=self.arguments.seconds,
-                    progress=lambda steps, size=size: tqdm(steps, desc=f"batches of {size}"),
-                )
-        return timings
+    def latency_by_batch_size(self) -> tuple[dict[int, dict[str, Timing]], list[str]]:
+        """Of one batch of each size that there are inputs and memory for; and what there is no memory for, in words."""
+        sizes = sorted(size for size in {*self.arguments.batch_sizes, self.size} if size <= len(self.subject.inputs))
+        timings: dict[int, dict[str, Timing]] = {}
+        for place, size in enumerate(sizes):
+            try:
+                timings[size] = self._latency_of_size(size)
+            except RuntimeError as error:
+                if size <= self.size or not should_reduce_batch_size(error):
+                    raise
+                left_out = sizes[place:]
+                break
+        else:
+            return timings, []
+        clear_device_cache(garbage_collection=True)  # out here, where the error no longer holds the tensors
+        listed = " and ".join(map(str, left_out))
+        return timings, [f"Out of memory in batches of {left_out[0]}: latency over batch size is without {listed}."]
+
+    @torch.inference_mode()
+    def _latency_of_size(self, size: int) -> dict[str, Timing]:
+        batch = self.subject.batch(list(range(size)))
+        calls = {name: _call(model, batch) for name, model in self.models.items()}
+        calls["padded"] = calls.pop("baseline")
+        return time_interleaved(
+            calls,
+            rounds=self.arguments.rounds,
+            seconds=self.arguments.seconds,
+            progress=lambda steps: tqdm(steps, desc=f"batches of {size}"),
+        )
 
     @torch.inference_mode()
     def curve(self) -> list[dict[str, float]]:
