@@ -1,6 +1,8 @@
 """`run_profile`: every figure says what it is, three ways of counting agree, and what goes wrong is said."""
 
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +155,49 @@ def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypat
         profile(model, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["report.json"]
     assert (tmp_path / "out" / "report.json").read_text() == "old"
+
+
+SEVERAL = """
+import datetime, os, sys, time, torch
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+sys.path.insert(0, {scripts!r})
+import run_profile
+from hf_tokenprune.profiling import run
+load_subject, rank = run.load_subject, torch.distributed.get_rank()
+def slowly(*given):
+    time.sleep(4)  # longer than a barrier of the process group waits
+    print("LOADED BY", rank, flush=True)
+    return load_subject(*given)
+run.load_subject = slowly
+used = time.process_time()
+run_profile.main()
+if rank:
+    print("WAITED FOR", time.process_time() - used, flush=True)
+sys.stdout.flush()
+os._exit(0)  # threads of gloo sometimes abort an interpreter that is shutting down
+"""
+
+
+def test_of_several_processes_one_measures_and_the_others_sleep(model, tmp_path):
+    (tmp_path / "script.py").write_text(SEVERAL.format(scripts=str(Path(__file__).parents[1] / "scripts")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = {
+        "model_name_or_path": model,
+        "output_dir": tmp_path / "out",
+        "pruning": json.dumps(PRUNING),
+        "batch_sizes": 2,
+        "lengths": 12,
+        "rounds": 3,
+        "device": "cpu",
+    }
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run([*launch, str(tmp_path / "script.py"), *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("orth it: ") == 1 and re.findall(r"LOADED BY (\d)", done.stdout) == ["0"]
+    assert float(re.search(r"WAITED FOR (\S+)", done.stdout)[1]) < 2
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "Measured by the first of 2 processes, while the others waited." in written
+    assert not list(tmp_path.glob(".out*"))
 
 
 MISTAKES = {

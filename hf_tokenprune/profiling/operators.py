@@ -45,7 +45,6 @@ def profile_operators(
         record_shapes=True,
         profile_memory=True,
         with_flops=True,
-        output_trace_dir=str(folder),
     )
     layers = encoder_layers(model)
     with torch.inference_mode():
@@ -59,7 +58,9 @@ def profile_operators(
     time = "device_time_total" if on_device else "cpu_time_total"
     spent = {event.key: getattr(event, time) for event in averages}
     table = averages.table(sort_by=f"self_{time}", row_limit=60, max_name_column_width=60)
-    trace = folder / f"profile_{accelerator.process_index}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / "profile_0.json"  # written here: accelerate would wait for the other processes afterwards
+    profiler.export_chrome_trace(str(trace))
     return OperatorProfile(table, trace, [spent.get(f"layer {i}", 0.0) / 1e6 for i in range(len(layers))])
 
 
