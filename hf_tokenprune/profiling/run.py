@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 
 from .arguments import ProfileArguments
+from .energy import open_meters
 from .report import Report
 from .session import Session
 from .subject import load_subject
@@ -40,6 +41,7 @@ def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], obje
 
 
 def _profile(arguments: ProfileArguments, draw: Callable[[Report, Path], object], accelerator: Accelerator) -> Report:
+    meters = open_meters() if arguments.energy else None
     subject = load_subject(arguments, accelerator.device)
     processes, tried = accelerator.num_processes, []
     notes = [f"Measured by the first of {processes} processes, while the others waited."] if processes > 1 else []
@@ -52,7 +54,8 @@ def _profile(arguments: ProfileArguments, draw: Callable[[Report, Path], object]
         tried.append(size)
         halved = [f"Out of memory in batches of {tried[0]}: halved to {size}."] if tried[1:] else []
         with _whole_folder(Path(arguments.output_dir)) as folder:
-            report = Session(replace(arguments, batch_size=size), subject, accelerator, folder).run([*notes, *halved])
+            session = Session(replace(arguments, batch_size=size), subject, accelerator, folder, meters)
+            report = session.run([*notes, *halved])
             draw(report, folder)
             (folder / "report.md").write_text(report.to_markdown())
             (folder / "report.json").write_text(report.to_json())

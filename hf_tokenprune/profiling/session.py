@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from ..convert import prune
 from ..modeling.token_outputs import EncoderCall
 from .arguments import ProfileArguments
 from .baselines import time_against_baselines
-from .energy import measure_energy, open_meters, typical
+from .energy import measure_energy, typical
 from .latency import Timing, time_interleaved
 from .machine import describe_machine
 from .macs import MacCount, count_call
@@ -29,10 +30,22 @@ CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # how far on the way from nothing pruned to
 
 
 class Session:
-    """The measurements, in the order of `run`."""
+    """The measurements, in the order of `run`.
 
-    def __init__(self, arguments: ProfileArguments, subject: Subject, accelerator: Accelerator, folder: Path):
+    Args:
+        meters: as `open_meters` gives them; None: energy is not asked for.
+    """
+
+    def __init__(
+        self,
+        arguments: ProfileArguments,
+        subject: Subject,
+        accelerator: Accelerator,
+        folder: Path,
+        meters: Any | None = None,
+    ):
         self.arguments, self.subject, self.accelerator, self.folder = arguments, subject, accelerator, folder
+        self.meters = meters
         self.size = min(arguments.batch_size, len(subject.inputs))
         self.models = subject.models
         self.batch = subject.batch(list(range(self.size)))
@@ -130,11 +143,11 @@ class Session:
 
     def energy(self) -> tuple[list[Measured], list[str]]:
         """Of an input of the first batch, where it is asked for."""
-        if not self.arguments.energy:
+        if self.meters is None:
             return [], []
         calls = {name: self._finished(model) for name, model in self.models.items()}
         with torch.inference_mode():
-            joules = measure_energy(open_meters(), calls)
+            joules = measure_energy(self.meters, calls)
         if not joules:
             return [], ["Energy was not measured: zeus finds no meter on this machine."]
         inputs, figures = len(next(iter(self.batch.values()))), []
