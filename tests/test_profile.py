@@ -15,8 +15,8 @@ import torch
 from transformers import ViTForImageClassification
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
-from hf_tokenprune import count_macs, prune
-from hf_tokenprune.profiling import energy, peak_memory, session
+from hf_tokenprune import prune
+from hf_tokenprune.profiling import energy, operators, peak_memory, run
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import stock_model
 from hf_tokenprune.profiling.energy import measure_energy, typical
@@ -78,17 +78,36 @@ def test_a_folder_with_everything(model, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
+def stock_flops(batch: int, tokens: int, last: int) -> int:
+    """Of the tiny models' layers, the last of which computes so many tokens: projections, products with the map,
+    feed-forward."""
+    width, inner = 32, 64
+    queries = [tokens] * (tiny.LAYERS - 1) + [last]
+    return 2 * batch * sum(2 * tokens * width**2 + 2 * q * (width**2 + tokens * width + width * inner) for q in queries)
+
+
 @pytest.mark.parametrize("execution", tiny.EXECUTIONS[:2])
 @pytest.mark.parametrize("case", tiny.HEADS[:1] + [case for case in tiny.BASES if case.id == "Dinov2Model"])
 def test_three_ways_of_counting_agree(case, execution):
     native = tiny.build(case)
     inputs = tiny.text_inputs([30, 30]) if case.text else tiny.image_inputs(2)  # padding is arithmetic to the counters
+    tokens = 30 if case.text else case.tokens
     for model in (native, prune(native, None), prune(native, {**PRUNING, "execution": execution})):
         counts = count_flops(model, inputs)
-        assert counts.formula == 2 * count_macs(model, inputs).total
         assert counts.counter == pytest.approx(counts.formula, rel=0.01)
         assert counts.profiler == pytest.approx(counts.formula, rel=0.01)
         assert model.config._attn_implementation == "sdpa"
+    assert count_flops(native, inputs).formula == stock_flops(2, tokens, tokens)
+    assert count_flops(prune(native, None), inputs).formula == stock_flops(2, tokens, 1 if case.text else tokens)
+    assert counts.formula < stock_flops(2, tokens, tokens)
+
+
+def test_the_profilers_count_owes_the_counter_nothing(monkeypatch):
+    native, inputs = tiny.build(tiny.HEADS[0].values[0]), tiny.text_inputs([30, 30])
+    monkeypatch.setattr(operators.FlopCounterMode, "get_total_flops", lambda self: 0)
+    monkeypatch.setattr(operators.FlopCounterMode, "get_flop_counts", lambda self: {})
+    counts = count_flops(native, inputs)
+    assert counts.counter == 0 and counts.profiler == stock_flops(2, 30, 30)
 
 
 def test_the_stock_model_is_native_and_the_same():
@@ -256,11 +275,13 @@ def test_energy_is_what_all_meters_read():
 
 
 def test_energy_without_zeus_or_without_meters_is_said(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zeus.monitor", None)
-    with pytest.raises(ImportError, match=r"hf_tokenprune\[energy\]"):
-        profile(model, tmp_path / "out", energy=True)
+    with monkeypatch.context() as early:
+        early.setitem(sys.modules, "zeus.monitor", None)
+        early.setattr(run, "load_subject", lambda *_: pytest.fail("meters are opened before all else"))
+        with pytest.raises(ImportError, match=r"hf_tokenprune\[energy\]"):
+            profile(model, tmp_path / "out", energy=True)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(session, "open_meters", lambda: Meter(known=False))
+    monkeypatch.setattr(run, "open_meters", lambda: Meter(known=False))
     monkeypatch.setattr(energy, "WINDOW", 0.0)
     report = profile(model, tmp_path / "out", energy=True)
     assert "zeus finds no meter on this machine" in report.to_markdown()

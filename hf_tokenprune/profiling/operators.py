@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProfileKwargs
 from torch import nn
-from torch.profiler import record_function
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -104,7 +105,7 @@ class FlopCounts:
     Args:
         formula: 2 x `count_macs`, from how many tokens each layer computed; padding is not counted.
         counter: `torch.utils.flop_counter`, of what ran inside the layers.
-        profiler: matrix products that torch.profiler counted, less those outside the layers.
+        profiler: torch.profiler's `with_flops`, of the matrix products that ran inside the layers.
     """
 
     formula: int
@@ -122,16 +123,30 @@ def count_flops(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Fl
     try:
         with torch.no_grad():
             layers = encoder_layers(model)
-            names = {id(module): name for name, module in model.named_modules()}
-            with FlopCounterMode(display=False) as counter:
-                model(**batch)
-            counts = counter.get_flop_counts()
-            inside = sum(sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers)
-            outside = counter.get_total_flops() - inside
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler:
-                model(**batch)
-            matmuls = sum(event.flops for event in profiler.key_averages() if event.key in MATMULS)
+            counter, profiler = _counter_flops(model, layers, batch), _profiler_flops(model, layers, batch)
             formula = 2 * count_macs(model, batch).total
     finally:
         model.set_attn_implementation(kept)
-    return FlopCounts(formula, inside, matmuls - outside)
+    return FlopCounts(formula, counter, profiler)
+
+
+def _counter_flops(model: PreTrainedModel, layers: list[nn.Module], batch: Mapping[str, torch.Tensor]) -> int:
+    names = {id(module): name for name, module in model.named_modules()}
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)
+    counts = counter.get_flop_counts()
+    return sum(sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers)
+
+
+def _profiler_flops(model: PreTrainedModel, layers: list[nn.Module], batch: Mapping[str, torch.Tensor]) -> int:
+    with _named(layers), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+        model(**batch)
+    inside = {f"layer {index}" for index in range(len(layers))}
+    products = (event for event in profiler.events() if event.name in MATMULS)
+    return sum(event.flops or 0 for event in products if not inside.isdisjoint(_ranges_around(event)))
+
+
+def _ranges_around(event: FunctionEvent) -> Iterator[str]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event.name
