@@ -20,6 +20,7 @@ from hf_tokenprune.profiling import energy, operators, peak_memory, run
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import stock_model
 from hf_tokenprune.profiling.energy import measure_energy, typical
+from hf_tokenprune.profiling.latency import time_interleaved
 from hf_tokenprune.profiling.memory import peak_resident
 from hf_tokenprune.profiling.operators import count_flops
 from hf_tokenprune.profiling.run import run_profile
@@ -73,6 +74,8 @@ def test_a_folder_with_everything(model, tmp_path):
     named = {event["name"] for event in trace["traceEvents"] if "name" in event}
     assert {"forward", "layer 0", "layer 3", "tokenprune: layer 1"} <= named
     assert "aten::addmm" in (tmp_path / "out" / "profiling_pruned.txt").read_text()
+    if not torch.cuda.is_available():
+        assert "No CUDA device: times and memory are of the CPU." in report.to_markdown()
     assert report.verdict.startswith(("Worth it: ", "Not worth it: ")) and report.verdict in report.to_markdown()
     assert report.alive["pruned"][2] < report.alive["pruned"][1] < report.alive["unpadded"][1]
     assert not list(tmp_path.glob(".out*"))
@@ -118,6 +121,31 @@ def test_the_stock_model_is_native_and_the_same():
     inputs = tiny.image_inputs(2)
     with torch.no_grad():
         assert torch.equal(stock(**inputs).logits, native(**inputs).logits)
+
+
+class FakeEvent:
+    """The clock of a device on which every call takes 5 ms."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_cuda_is_timed_by_its_own_events(monkeypatch):
+    def call() -> None:
+        FakeEvent.now += 5
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert time_interleaved({"a": call}, rounds=3, device="cuda:0")["a"].seconds == (0.005,) * 3
+    assert max(time_interleaved({"a": call}, rounds=3, device="cpu")["a"].seconds) < 0.005
 
 
 def test_memory_is_what_was_held():

@@ -86,7 +86,7 @@ class Session:
             by_batch_size=by_batch_size,
             curve=self.curve(),
             verdict=verdict(timings, by_batch_size, left, self.size, str(device["device"])),
-            notes=[*notes, *size_notes, *flop_notes, *energy_notes],
+            notes=[*notes, *_of_the_cpu(self.subject.device), *size_notes, *flop_notes, *energy_notes],
         )
 
     def operators(self) -> dict[str, list[float]]:
@@ -207,6 +207,7 @@ class Session:
             rounds=self.arguments.rounds,
             seconds=self.arguments.seconds,
             progress=lambda steps: tqdm(steps, desc=f"batches of {size}"),
+            device=self.subject.device,
         )
 
     @torch.inference_mode()
@@ -227,6 +228,13 @@ class Session:
             right = (torch.cat(predicted) == labels).float().mean().item()
             points.append({"progress": progress, "macs": macs / len(labels), "accuracy": right, "n": len(labels)})
         return points
+
+
+def _of_the_cpu(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return []
+    why = "CUDA was not asked for" if torch.cuda.is_available() else "No CUDA device"
+    return [f"{why}: times and memory are of the {device.type.upper()}."]
 
 
 def _call(model: PreTrainedModel, batch: Batch) -> Callable[[], object]:
