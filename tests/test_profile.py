@@ -19,8 +19,8 @@ from hf_tokenprune import prune
 from hf_tokenprune.profiling import energy, operators, peak_memory, run
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import stock_model
-from hf_tokenprune.profiling.energy import measure_energy, typical
-from hf_tokenprune.profiling.latency import time_interleaved
+from hf_tokenprune.profiling.energy import measure_energy
+from hf_tokenprune.profiling.latency import Timing, time_interleaved
 from hf_tokenprune.profiling.memory import peak_resident
 from hf_tokenprune.profiling.operators import count_flops
 from hf_tokenprune.profiling.run import run_profile
@@ -45,16 +45,51 @@ def profile(model: Path, output: Path, **changes: Any) -> Any:
         "pruning": json.dumps(PRUNING),
         "lengths": [30, 12, 21],
         "rounds": 3,
+        "batch_rounds": 3,
         "batch_sizes": [1],
         "device": "cpu",
     }
     return run_profile(ProfileArguments(**given | changes), draw_profile)
 
 
+UNITS = {"seconds", "bytes", "MACs", "FLOPs", "tokens", "ratio", "inputs/second"}
+KINDS = {"quartiles", "least and most", "95 % interval", "one-sided 95 % bound"}
+
+
+def check_figures(written: dict[str, Any], inputs: int) -> None:
+    """Every number of a report says what it is, its unit, how many measurements it is of and what its spread is."""
+    curve = [point[which] for point in written["curve"] for which in ("macs", "accuracy")]
+    figures = [*written["measured"], *written["by_layer"], *written["by_batch_size"], *curve]
+    for figure in figures:
+        assert figure["what"] and figure["model"] and figure["unit"] in UNITS and figure["n"] and figure["of"], figure
+        assert figure["n"] == 1 or figure["spread"]["kind"] in KINDS, figure
+        assert figure["n"] == inputs or figure["of"] != "inputs" or "FLOPs" in figure["what"], figure
+    found = {(figure["what"], figure["model"]): figure for figure in figures}
+    macs, layers = found["mean MACs of an input", "pruned"], found["median time inside each layer", "pruned"]
+    assert macs["spread"]["low"] < macs["value"] < macs["spread"]["high"]
+    assert len(layers["value"]) == len(layers["spread"]["low"]) == tiny.LAYERS and layers["n"] > 1
+    for name in ("baseline", "unpadded", "pruned"):
+        growth = found["median growth of resident memory in the first batch", name]
+        assert growth["n"] == 3 and growth["value"] < found["median peak resident memory of the process", name]["value"]
+        ways = [found[f"mean FLOPs of an input by {way}", name]["value"] for way in ("formula", "counter", "profiler")]
+        assert max(ways) <= 1.01 * min(ways)
+    assert found["FLOPs of the first batch by counter", "baseline"]["n"] == 1
+    assert found["median speed-up", "pruned over unpadded"]["spread"] | {"low": 0} == {
+        "kind": "one-sided 95 % bound", "low": 0, "high": None,
+    }  # fmt: skip
+    for size in (1, 8):
+        p50, p99 = (found[f"p{percent} of the time of a batch of {size}", "pruned"] for percent in (50, 99))
+        assert p50["n"] == p99["n"] == 100 and p50["value"] < p99["value"]
+        assert p99["spread"]["low"] <= p99["value"] <= p99["spread"]["high"]
+    assert "p99 of the time of a batch of 8" in {figure["what"] for figure in written["measured"]}
+
+
 def test_a_folder_with_everything(model, tmp_path):
     rows = [json.dumps({"text": "w20 " * (3 + i % 20), "label": "abc"[i % 3]}) + "\n" for i in range(60)]
     (tmp_path / "data.jsonl").write_text("".join(rows))
-    report = profile(model, tmp_path / "out", dataset_name=str(tmp_path / "data.jsonl"), max_inputs=10)
+    report = profile(
+        model, tmp_path / "out", dataset_name=str(tmp_path / "data.jsonl"), max_inputs=10, batch_rounds=100
+    )
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert names == {
         *(f"profiling_{name}.txt" for name in ("baseline", "unpadded", "pruned")),
@@ -63,13 +98,9 @@ def test_a_folder_with_everything(model, tmp_path):
         *("accuracy_over_macs.png", "report.md", "report.json"),
     }
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    for figure in written["measured"]:
-        assert figure["what"] and figure["model"] and figure["n"] >= 1 and figure["value"] > -1, figure
+    check_figures(written, inputs=10)
     assert {"processor", "threads", "device", "dtype", "torch", "transformers"} <= set(written["where"])
-    times = [each for each in written["measured"] if each["unit"] in ("ms", "x", "inputs/s")]
-    assert len(times) == 11 and all(each["n"] == 3 and each["spread"] for each in times)
-    assert {each["n"] for each in written["curve"]} == {10} and len(written["by_batch_size"]) == 6
-    assert written["curve"][0]["macs"] > written["curve"][-1]["macs"]
+    assert written["curve"][0]["macs"]["value"] > written["curve"][-1]["macs"]["value"]
     trace = json.loads((tmp_path / "out" / "traces" / "pruned" / "profile_0.json").read_text())
     named = {event["name"] for event in trace["traceEvents"] if "name" in event}
     assert {"forward", "layer 0", "layer 3", "tokenprune: layer 1"} <= named
@@ -77,7 +108,8 @@ def test_a_folder_with_everything(model, tmp_path):
     if not torch.cuda.is_available():
         assert "No CUDA device: times and memory are of the CPU." in report.to_markdown()
     assert report.verdict.startswith(("Worth it: ", "Not worth it: ")) and report.verdict in report.to_markdown()
-    assert report.alive["pruned"][2] < report.alive["pruned"][1] < report.alive["unpadded"][1]
+    tokens = report.values("tokens that leave each layer")
+    assert tokens["pruned"][2] < tokens["pruned"][1] < tokens["unpadded"][1]
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -138,6 +170,15 @@ class FakeEvent:
         return end.at - self.at
 
 
+def test_the_interval_of_a_percentile_holds_it_and_narrows_with_rounds():
+    few, many = (Timing(tuple(1 + i % 10 / 10 for i in range(n))) for n in (10, 1000))
+    low, high = few.percentile_interval(50)
+    assert low <= few.percentile(50) <= high
+    closer = many.percentile_interval(50)
+    assert closer[1] - closer[0] < high - low
+    assert Timing((2.0,)).percentile_interval(99) == (2.0, 2.0)
+
+
 def test_cuda_is_timed_by_its_own_events(monkeypatch):
     def call() -> None:
         FakeEvent.now += 5
@@ -153,7 +194,8 @@ def test_memory_is_what_was_held():
         torch.ones(8 << 20).add(1)  # two tensors of 32 MiB
 
     assert peak_memory(call) == pytest.approx(64 << 20, abs=1024)
-    assert 60 << 20 < peak_resident(call) < 80 << 20
+    resident = peak_resident(call)
+    assert 60 << 20 < resident.growth < 80 << 20 and resident.peak > resident.growth + (20 << 20)
 
 
 @pytest.fixture
@@ -235,6 +277,7 @@ def test_of_several_processes_one_measures_and_the_others_sleep(model, tmp_path)
         "batch_sizes": 2,
         "lengths": 12,
         "rounds": 3,
+        "batch_rounds": 3,
         "device": "cpu",
     }
     options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
@@ -274,7 +317,7 @@ def test_shapes_without_weights_and_checkpoints_that_are_pruned(model, tmp_path)
     report = profile(
         model, tmp_path / "b", random_weights=True, config_overrides='{"num_hidden_layers": 6}', batch_size=2
     )
-    assert len(report.layer_seconds["baseline"]) == 6
+    assert len(report.values("time inside each layer")["baseline"]) == 6
 
 
 class Meter:
@@ -299,7 +342,6 @@ def test_energy_is_what_all_meters_read():
     assert measure_energy(meter, {"a": meter.call, "b": meter.call}, 3, 0.01) == {"a": [4.0] * 3, "b": [4.0] * 3}
     silent = Meter(known=False)
     assert measure_energy(silent, {"a": silent.call}, 3, 0.01) == {}
-    assert typical([3.0, 1.0, 2.0]) == (2.0, (1.0, 3.0))
 
 
 def test_energy_without_zeus_or_without_meters_is_said(model, tmp_path, monkeypatch):

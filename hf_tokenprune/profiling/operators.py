@@ -1,6 +1,6 @@
 """One batch under torch's profiler, driven by accelerate: a table by operator, a Chrome trace, layers by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProfileKwargs
 from torch import nn
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +19,7 @@ from .macs import count_macs
 
 
 WARMUP = 2
+LAYER_CALLS = 5
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv2d")
 
 
@@ -28,12 +30,12 @@ class OperatorProfile:
     Args:
         table: by operator, as text.
         trace: the Chrome trace's file.
-        layer_seconds: time inside each layer, on the accelerator where there is one.
+        layer_seconds: time inside each layer, on the accelerator where there is one, of several calls.
     """
 
     table: str
     trace: Path
-    layer_seconds: list[float]
+    layer_seconds: list[list[float]]
 
 
 def profile_operators(
@@ -41,28 +43,38 @@ def profile_operators(
 ) -> OperatorProfile:
     """Profiles the third call with this batch; the trace goes into `folder`."""
     on_device = accelerator.device.type == "cuda"
-    handler = ProfileKwargs(
-        activities=["cpu", "cuda"] if on_device else ["cpu"],
-        record_shapes=True,
-        profile_memory=True,
-        with_flops=True,
-    )
+    activities = ["cpu", "cuda"] if on_device else ["cpu"]
+    handler = ProfileKwargs(activities=activities, record_shapes=True, profile_memory=True, with_flops=True)
     layers = encoder_layers(model)
+
+    def call() -> None:
+        model(**batch)
+        if on_device:
+            torch.cuda.synchronize()
+
     with torch.inference_mode():
         for _ in range(WARMUP):
-            model(**batch)
+            call()
         with _named(layers), accelerator.profile(handler) as profiler, record_function("forward"):
-            model(**batch)
-            if on_device:
-                torch.cuda.synchronize()
-    averages = profiler.key_averages()
+            call()
+        with _named(layers), accelerator.profile(ProfileKwargs(activities=activities)) as layer_profiler:
+            for _ in range(LAYER_CALLS):
+                call()
     time = "device_time_total" if on_device else "cpu_time_total"
-    spent = {event.key: getattr(event, time) for event in averages}
-    table = averages.table(sort_by=f"self_{time}", row_limit=60, max_name_column_width=60)
+    table = profiler.key_averages().table(sort_by=f"self_{time}", row_limit=60, max_name_column_width=60)
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / "profile_0.json"  # written here: accelerate would wait for the other processes afterwards
     profiler.export_chrome_trace(str(trace))
-    return OperatorProfile(table, trace, [spent.get(f"layer {i}", 0.0) / 1e6 for i in range(len(layers))])
+    return OperatorProfile(table, trace, _layer_seconds(layer_profiler.events(), len(layers), time))
+
+
+def _layer_seconds(events: Iterable[FunctionEvent], depth: int, time: str) -> list[list[float]]:
+    """For each call, of each layer; the processor's ranges, which know their kernels."""
+    spent: dict[str, list[float]] = {f"layer {index}": [] for index in range(depth)}
+    for event in events:
+        if event.name in spent and event.device_type == DeviceType.CPU:
+            spent[event.name].append(getattr(event, time) / 1e6)
+    return [list(call) for call in zip(*spent.values())]
 
 
 def encoder_layers(model: PreTrainedModel) -> list[nn.Module]:
