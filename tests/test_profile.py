@@ -104,7 +104,9 @@ def test_a_folder_with_everything(model, tmp_path):
     trace = json.loads((tmp_path / "out" / "traces" / "pruned" / "profile_0.json").read_text())
     named = {event["name"] for event in trace["traceEvents"] if "name" in event}
     assert {"forward", "layer 0", "layer 3", "tokenprune: layer 1"} <= named
-    assert "aten::addmm" in (tmp_path / "out" / "profiling_pruned.txt").read_text()
+    head, _, table = (tmp_path / "out" / "profiling_pruned.txt").read_text().partition("\n")
+    assert str(model) in head and f"torch {torch.__version__}" in head and "aten::addmm" in table
+    assert all(str(written["where"][name]) in head for name in ("processor", "threads", "device", "transformers"))
     if not torch.cuda.is_available():
         assert "No CUDA device: times and memory are of the CPU." in report.to_markdown()
     assert report.verdict.startswith(("Worth it: ", "Not worth it: ")) and report.verdict in report.to_markdown()
@@ -318,6 +320,9 @@ def test_shapes_without_weights_and_checkpoints_that_are_pruned(model, tmp_path)
         model, tmp_path / "b", random_weights=True, config_overrides='{"num_hidden_layers": 6}', batch_size=2
     )
     assert len(report.values("time inside each layer")["baseline"]) == 6
+    name = "BertForSequenceClassification of 6 layers, 32 wide, with random weights"
+    assert report.subject["model"] == name and report.to_markdown().startswith(f"# {name}, as it is and pruned")
+    assert (tmp_path / "b" / "profiling_baseline.txt").read_text().startswith(name)
 
 
 class Meter:

@@ -18,7 +18,7 @@ from .baselines import time_against_baselines
 from .energy import measure_energy
 from .figures import Figure, batch_times, mean_of_inputs, median_of, quartiles, share_of_inputs, times
 from .latency import Timing, time_interleaved
-from .machine import describe_machine
+from .machine import describe_machine, machine_line
 from .macs import MacCount, count_call
 from .memory import peak_memory, peak_resident
 from .operators import FlopCounts, count_flops, profile_operators
@@ -65,7 +65,7 @@ class Session:
         main = by_batch_size[self.size]
         return Report(
             subject={
-                "model": self.arguments.model_name_or_path,
+                "model": self.subject.name,
                 "pruning": self.models["pruned"].config.pruning.to_dict(),
                 "inputs": len(self.subject.inputs),
                 "batch_size": self.size,
@@ -92,7 +92,8 @@ class Session:
         figures = []
         for name, model in self.models.items():
             done = profile_operators(model, self.batch, self.accelerator, self.folder / "traces" / name)
-            (self.folder / f"profiling_{name}.txt").write_text(done.table)
+            head = f"{self.subject.name}, {name}, a batch of {self.size}. {machine_line(self.where)}"
+            (self.folder / f"profiling_{name}.txt").write_text(f"{head}\n\n{done.table}")
             figures.append(median_of(LAYER_TIME, name, done.layer_seconds, "seconds", "calls under the profiler"))
         return figures
 
