@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,7 +194,10 @@ def test_cuda_is_timed_by_its_own_events(monkeypatch):
 
 def test_memory_is_what_was_held():
     def call() -> None:
-        torch.ones(8 << 20).add(1)  # two tensors of 32 MiB
+        first = torch.ones(8 << 20)
+        held = first, first.add(1)  # two tensors of 32 MiB
+        time.sleep(0.1)  # until they are seen on a busy machine, too
+        del first, held
 
     assert peak_memory(call) == pytest.approx(64 << 20, abs=1024)
     resident = peak_resident(call)
