@@ -7,7 +7,8 @@
 
 The stock model on padded batches, our engine with nothing pruned, and the pruned model run on the same inputs. Writes
 into `output_dir`: report.md and report.json (time, throughput, memory, FLOPs counted three ways), profiling_*.txt
-(operators, from torch.profiler), traces/ (for chrome://tracing or Perfetto), and PNG pictures.
+(operators, from torch.profiler), traces/ (for chrome://tracing or Perfetto), and PNG pictures. Of several processes the
+first measures and writes, and the others wait.
 """
 
 import os
@@ -15,6 +16,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import torch.distributed
 import yaml
 
 from hf_tokenprune import packaged
@@ -38,7 +40,11 @@ def main() -> None:
         yaml.YAMLError,
     ) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-    print("\n".join([report.verdict, *report.notes, f"Everything is in {arguments.output_dir}."]))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if report is not None:
+        print("\n".join([report.verdict, *report.notes, f"Everything is in {arguments.output_dir}."]))
 
 
 if __name__ == "__main__":

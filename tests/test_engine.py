@@ -83,12 +83,22 @@ def test_peak_memory_is_below_the_stock_models(batch, pruning):
     assert 0 < ours < stock
 
 
-def test_the_profile_names_what_pruning_adds():
-    model, inputs = prune(build(TEXT), FIXED), text_inputs([20, 20])
+STEPPED = {
+    "drop": FIXED,
+    "before": {"preset": "dynamicvit", "layers": SITES, "base_rate": 0.5},
+    "merge": {"preset": "tome", "r": 4},
+    "shift": PruningConfig.preset("top_k", layers=SITES, keep_rate=0.5, saliency="residual_shift"),
+}
+
+
+@pytest.mark.parametrize("method", STEPPED)
+def test_the_profile_names_what_pruning_adds_step_by_step(method):
+    model, inputs = prune(build(TEXT), STEPPED[method]), text_inputs([20, 20])
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         model(**inputs)
+    steps = ["", ": score", ": select", ": reduce"]
     names = {event.key for event in profiler.key_averages()}
-    assert {f"tokenprune: layer {layer}" for layer in SITES} <= names
+    assert {f"tokenprune: layer {layer}{step}" for layer in SITES for step in steps} <= names
 
 
 def test_the_profile_names_how_ragged_rows_attend():

@@ -1,7 +1,11 @@
 """`run_profile`: every figure says what it is, three ways of counting agree, and what goes wrong is said."""
 
 import json
+import re
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +14,14 @@ import pytest
 import tiny
 import torch
 from transformers import ViTForImageClassification
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
-from hf_tokenprune import count_macs, prune
-from hf_tokenprune.profiling import energy, peak_memory, session
+from hf_tokenprune import prune
+from hf_tokenprune.profiling import energy, operators, peak_memory, run
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import stock_model
-from hf_tokenprune.profiling.energy import measure_energy, typical
+from hf_tokenprune.profiling.energy import measure_energy
+from hf_tokenprune.profiling.latency import Timing, time_interleaved
 from hf_tokenprune.profiling.memory import peak_resident
 from hf_tokenprune.profiling.operators import count_flops
 from hf_tokenprune.profiling.run import run_profile
@@ -40,16 +46,51 @@ def profile(model: Path, output: Path, **changes: Any) -> Any:
         "pruning": json.dumps(PRUNING),
         "lengths": [30, 12, 21],
         "rounds": 3,
+        "batch_rounds": 3,
         "batch_sizes": [1],
         "device": "cpu",
     }
     return run_profile(ProfileArguments(**given | changes), draw_profile)
 
 
+UNITS = {"seconds", "bytes", "MACs", "FLOPs", "tokens", "ratio", "inputs/second"}
+KINDS = {"quartiles", "least and most", "95 % interval", "one-sided 95 % bound"}
+
+
+def check_figures(written: dict[str, Any], inputs: int) -> None:
+    """Every number of a report says what it is, its unit, how many measurements it is of and what its spread is."""
+    curve = [point[which] for point in written["curve"] for which in ("macs", "accuracy")]
+    figures = [*written["measured"], *written["by_layer"], *written["by_batch_size"], *curve]
+    for figure in figures:
+        assert figure["what"] and figure["model"] and figure["unit"] in UNITS and figure["n"] and figure["of"], figure
+        assert figure["n"] == 1 or figure["spread"]["kind"] in KINDS, figure
+        assert figure["n"] == inputs or figure["of"] != "inputs" or "FLOPs" in figure["what"], figure
+    found = {(figure["what"], figure["model"]): figure for figure in figures}
+    macs, layers = found["mean MACs of an input", "pruned"], found["median time inside each layer", "pruned"]
+    assert macs["spread"]["low"] < macs["value"] < macs["spread"]["high"]
+    assert len(layers["value"]) == len(layers["spread"]["low"]) == tiny.LAYERS and layers["n"] > 1
+    for name in ("baseline", "unpadded", "pruned"):
+        growth = found["median growth of resident memory in the first batch", name]
+        assert growth["n"] == 3 and growth["value"] < found["median peak resident memory of the process", name]["value"]
+        ways = [found[f"mean FLOPs of an input by {way}", name]["value"] for way in ("formula", "counter", "profiler")]
+        assert max(ways) <= 1.01 * min(ways)
+    assert found["FLOPs of the first batch by counter", "baseline"]["n"] == 1
+    assert found["median speed-up", "pruned over unpadded"]["spread"] | {"low": 0} == {
+        "kind": "one-sided 95 % bound", "low": 0, "high": None,
+    }  # fmt: skip
+    for size in (1, 8):
+        p50, p99 = (found[f"p{percent} of the time of a batch of {size}", "pruned"] for percent in (50, 99))
+        assert p50["n"] == p99["n"] == 100 and p50["value"] < p99["value"]
+        assert p99["spread"]["low"] <= p99["value"] <= p99["spread"]["high"]
+    assert "p99 of the time of a batch of 8" in {figure["what"] for figure in written["measured"]}
+
+
 def test_a_folder_with_everything(model, tmp_path):
     rows = [json.dumps({"text": "w20 " * (3 + i % 20), "label": "abc"[i % 3]}) + "\n" for i in range(60)]
     (tmp_path / "data.jsonl").write_text("".join(rows))
-    report = profile(model, tmp_path / "out", dataset_name=str(tmp_path / "data.jsonl"), max_inputs=10)
+    report = profile(
+        model, tmp_path / "out", dataset_name=str(tmp_path / "data.jsonl"), max_inputs=10, batch_rounds=100
+    )
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert names == {
         *(f"profiling_{name}.txt" for name in ("baseline", "unpadded", "pruned")),
@@ -58,20 +99,29 @@ def test_a_folder_with_everything(model, tmp_path):
         *("accuracy_over_macs.png", "report.md", "report.json"),
     }
     written = json.loads((tmp_path / "out" / "report.json").read_text())
-    for figure in written["measured"]:
-        assert figure["what"] and figure["model"] and figure["n"] >= 1 and figure["value"] > -1, figure
+    check_figures(written, inputs=10)
     assert {"processor", "threads", "device", "dtype", "torch", "transformers"} <= set(written["where"])
-    times = [each for each in written["measured"] if each["unit"] in ("ms", "x", "inputs/s")]
-    assert len(times) == 11 and all(each["n"] == 3 and each["spread"] for each in times)
-    assert {each["n"] for each in written["curve"]} == {10} and len(written["by_batch_size"]) == 6
-    assert written["curve"][0]["macs"] > written["curve"][-1]["macs"]
+    assert written["curve"][0]["macs"]["value"] > written["curve"][-1]["macs"]["value"]
     trace = json.loads((tmp_path / "out" / "traces" / "pruned" / "profile_0.json").read_text())
     named = {event["name"] for event in trace["traceEvents"] if "name" in event}
     assert {"forward", "layer 0", "layer 3", "tokenprune: layer 1"} <= named
-    assert "aten::addmm" in (tmp_path / "out" / "profiling_pruned.txt").read_text()
+    head, _, table = (tmp_path / "out" / "profiling_pruned.txt").read_text().partition("\n")
+    assert str(model) in head and f"torch {torch.__version__}" in head and "aten::addmm" in table
+    assert all(str(written["where"][name]) in head for name in ("processor", "threads", "device", "transformers"))
+    if not torch.cuda.is_available():
+        assert "No CUDA device: times and memory are of the CPU." in report.to_markdown()
     assert report.verdict.startswith(("Worth it: ", "Not worth it: ")) and report.verdict in report.to_markdown()
-    assert report.alive["pruned"][2] < report.alive["pruned"][1] < report.alive["unpadded"][1]
+    tokens = report.values("tokens that leave each layer")
+    assert tokens["pruned"][2] < tokens["pruned"][1] < tokens["unpadded"][1]
     assert not list(tmp_path.glob(".out*"))
+
+
+def stock_flops(batch: int, tokens: int, last: int) -> int:
+    """Of the tiny models' layers, the last of which computes so many tokens: projections, products with the map,
+    feed-forward."""
+    width, inner = 32, 64
+    queries = [tokens] * (tiny.LAYERS - 1) + [last]
+    return 2 * batch * sum(2 * tokens * width**2 + 2 * q * (width**2 + tokens * width + width * inner) for q in queries)
 
 
 @pytest.mark.parametrize("execution", tiny.EXECUTIONS[:2])
@@ -79,12 +129,23 @@ def test_a_folder_with_everything(model, tmp_path):
 def test_three_ways_of_counting_agree(case, execution):
     native = tiny.build(case)
     inputs = tiny.text_inputs([30, 30]) if case.text else tiny.image_inputs(2)  # padding is arithmetic to the counters
+    tokens = 30 if case.text else case.tokens
     for model in (native, prune(native, None), prune(native, {**PRUNING, "execution": execution})):
         counts = count_flops(model, inputs)
-        assert counts.formula == 2 * count_macs(model, inputs).total
         assert counts.counter == pytest.approx(counts.formula, rel=0.01)
         assert counts.profiler == pytest.approx(counts.formula, rel=0.01)
         assert model.config._attn_implementation == "sdpa"
+    assert count_flops(native, inputs).formula == stock_flops(2, tokens, tokens)
+    assert count_flops(prune(native, None), inputs).formula == stock_flops(2, tokens, 1 if case.text else tokens)
+    assert counts.formula < stock_flops(2, tokens, tokens)
+
+
+def test_the_profilers_count_owes_the_counter_nothing(monkeypatch):
+    native, inputs = tiny.build(tiny.HEADS[0].values[0]), tiny.text_inputs([30, 30])
+    monkeypatch.setattr(operators.FlopCounterMode, "get_total_flops", lambda self: 0)
+    monkeypatch.setattr(operators.FlopCounterMode, "get_flop_counts", lambda self: {})
+    counts = count_flops(native, inputs)
+    assert counts.counter == 0 and counts.profiler == stock_flops(2, 30, 30)
 
 
 def test_the_stock_model_is_native_and_the_same():
@@ -97,26 +158,84 @@ def test_the_stock_model_is_native_and_the_same():
         assert torch.equal(stock(**inputs).logits, native(**inputs).logits)
 
 
+class FakeEvent:
+    """The clock of a device on which every call takes 5 ms."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_the_interval_of_a_percentile_holds_it_and_narrows_with_rounds():
+    few, many = (Timing(tuple(1 + i % 10 / 10 for i in range(n))) for n in (10, 1000))
+    low, high = few.percentile_interval(50)
+    assert low <= few.percentile(50) <= high
+    closer = many.percentile_interval(50)
+    assert closer[1] - closer[0] < high - low
+    assert Timing((2.0,)).percentile_interval(99) == (2.0, 2.0)
+
+
+def test_cuda_is_timed_by_its_own_events(monkeypatch):
+    def call() -> None:
+        FakeEvent.now += 5
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert time_interleaved({"a": call}, rounds=3, device="cuda:0")["a"].seconds == (0.005,) * 3
+    assert max(time_interleaved({"a": call}, rounds=3, device="cpu")["a"].seconds) < 0.005
+
+
 def test_memory_is_what_was_held():
     def call() -> None:
-        torch.ones(8 << 20).add(1)  # two tensors of 32 MiB
+        first = torch.ones(8 << 20)
+        held = first, first.add(1)  # two tensors of 32 MiB
+        time.sleep(0.1)  # until they are seen on a busy machine, too
+        del first, held
 
     assert peak_memory(call) == pytest.approx(64 << 20, abs=1024)
-    assert 60 << 20 < peak_resident(call) < 80 << 20
+    resident = peak_resident(call)
+    assert 60 << 20 < resident.growth < 80 << 20 and resident.peak > resident.growth + (20 << 20)
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(model, tmp_path, monkeypatch):
-    run = Session.run
+@pytest.fixture
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets every model run out of memory in batches of more than so many texts."""
+    forward = BertEmbeddings.forward
 
-    def short_of_memory(self: Session, notes: list[str]) -> Any:
-        if self.size > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
-        return run(self, notes)
+    def shorten(most: int) -> None:
+        def short(self: BertEmbeddings, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if input_ids.shape[0] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+            return forward(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(Session, "run", short_of_memory)
-    report = profile(model, tmp_path / "out", batch_size=8)
-    assert report.subject["batch_size"] == 2
-    assert "Out of memory in batches of 8: halved to 2." in (tmp_path / "out" / "report.md").read_text()
+        monkeypatch.setattr(BertEmbeddings, "forward", short)
+
+    return shorten
+
+
+def test_out_of_memory_halves_the_batch_and_leaves_larger_ones_out(model, tmp_path, short_of_memory):
+    short_of_memory(2)
+    default = ProfileArguments().batch_sizes
+    report = profile(model, tmp_path / "out", batch_size=8, batch_sizes=default)
+    assert report.subject["batch_size"] == 2 and list(report.by_batch_size) == [1, 2]
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "Out of memory in batches of 8: halved to 2." in written
+    assert "Out of memory in batches of 4: latency over batch size is without 4 and 16." in written
+
+
+def test_the_largest_of_the_default_batches_may_not_fit(model, tmp_path, short_of_memory):
+    short_of_memory(8)
+    defaults = ProfileArguments()
+    report = profile(model, tmp_path / "out", batch_size=defaults.batch_size, batch_sizes=defaults.batch_sizes)
+    assert report.subject["batch_size"] == 8 and list(report.by_batch_size) == [1, 4, 8]
+    assert "Out of memory in batches of 16: latency over batch size is without 16." in report.notes
 
 
 def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypatch):
@@ -131,6 +250,50 @@ def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypat
         profile(model, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["report.json"]
     assert (tmp_path / "out" / "report.json").read_text() == "old"
+
+
+SEVERAL = """
+import datetime, os, sys, time, torch
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+sys.path.insert(0, {scripts!r})
+import run_profile
+from hf_tokenprune.profiling import run
+load_subject, rank = run.load_subject, torch.distributed.get_rank()
+def slowly(*given):
+    time.sleep(4)  # longer than a barrier of the process group waits
+    print("LOADED BY", rank, flush=True)
+    return load_subject(*given)
+run.load_subject = slowly
+used = time.process_time()
+run_profile.main()
+if rank:
+    print("WAITED FOR", time.process_time() - used, flush=True)
+sys.stdout.flush()
+os._exit(0)  # threads of gloo sometimes abort an interpreter that is shutting down
+"""
+
+
+def test_of_several_processes_one_measures_and_the_others_sleep(model, tmp_path):
+    (tmp_path / "script.py").write_text(SEVERAL.format(scripts=str(Path(__file__).parents[1] / "scripts")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = {
+        "model_name_or_path": model,
+        "output_dir": tmp_path / "out",
+        "pruning": json.dumps(PRUNING),
+        "batch_sizes": 2,
+        "lengths": 12,
+        "rounds": 3,
+        "batch_rounds": 3,
+        "device": "cpu",
+    }
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run([*launch, str(tmp_path / "script.py"), *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("orth it: ") == 1 and re.findall(r"LOADED BY (\d)", done.stdout) == ["0"]
+    assert float(re.search(r"WAITED FOR (\S+)", done.stdout)[1]) < 2
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "Measured by the first of 2 processes, while the others waited." in written
+    assert not list(tmp_path.glob(".out*"))
 
 
 MISTAKES = {
@@ -160,7 +323,10 @@ def test_shapes_without_weights_and_checkpoints_that_are_pruned(model, tmp_path)
     report = profile(
         model, tmp_path / "b", random_weights=True, config_overrides='{"num_hidden_layers": 6}', batch_size=2
     )
-    assert len(report.layer_seconds["baseline"]) == 6
+    assert len(report.values("time inside each layer")["baseline"]) == 6
+    name = "BertForSequenceClassification of 6 layers, 32 wide, with random weights"
+    assert report.subject["model"] == name and report.to_markdown().startswith(f"# {name}, as it is and pruned")
+    assert (tmp_path / "b" / "profiling_baseline.txt").read_text().startswith(name)
 
 
 class Meter:
@@ -185,15 +351,16 @@ def test_energy_is_what_all_meters_read():
     assert measure_energy(meter, {"a": meter.call, "b": meter.call}, 3, 0.01) == {"a": [4.0] * 3, "b": [4.0] * 3}
     silent = Meter(known=False)
     assert measure_energy(silent, {"a": silent.call}, 3, 0.01) == {}
-    assert typical([3.0, 1.0, 2.0]) == (2.0, (1.0, 3.0))
 
 
 def test_energy_without_zeus_or_without_meters_is_said(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zeus.monitor", None)
-    with pytest.raises(ImportError, match=r"hf_tokenprune\[energy\]"):
-        profile(model, tmp_path / "out", energy=True)
+    with monkeypatch.context() as early:
+        early.setitem(sys.modules, "zeus.monitor", None)
+        early.setattr(run, "load_subject", lambda *_: pytest.fail("meters are opened before all else"))
+        with pytest.raises(ImportError, match=r"hf_tokenprune\[energy\]"):
+            profile(model, tmp_path / "out", energy=True)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(session, "open_meters", lambda: Meter(known=False))
+    monkeypatch.setattr(run, "open_meters", lambda: Meter(known=False))
     monkeypatch.setattr(energy, "WINDOW", 0.0)
     report = profile(model, tmp_path / "out", energy=True)
     assert "zeus finds no meter on this machine" in report.to_markdown()

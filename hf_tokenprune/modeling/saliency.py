@@ -60,7 +60,8 @@ def _first_token_logits(query: torch.Tensor, key: torch.Tensor, keys: Layout, he
 
     if keys.full or key.is_cuda or not isinstance(keys, PackedRows):
         return product(query[:, None], keys.spread(key))
-    return keys.spread(torch.cat([product(*sample) for sample in zip(query, key[0].split(keys.lengths))])[None])
+    samples = zip(query[:, None, None], key.split(keys.lengths, dim=1))
+    return keys.spread(torch.cat([product(*sample) for sample in samples], dim=1))
 
 
 def received_scores(

@@ -33,7 +33,7 @@ from .selection import Scores
 from .soft_pruning import SoftReduction, soften, soften_learned
 from .token_attention import AttentionKernel, attend, maps_at_positions
 from .token_layout import PackedRows, named, shapes_only
-from .token_reducer import Reduction, begin_reduction
+from .token_reducer import Reduction, begin_reduction, step
 from .token_state import TokenState
 
 
@@ -179,7 +179,9 @@ class TokenPruneLayer:
             with named(f"layer {site.layer}"):
                 reduction = self._begin(hidden, state, plan, lambda: self._scores_of_input(hidden, state, plan))
                 before = getattr(reduction, "decided", None)
-                hidden, state = reduction.finish(_moved(hidden, state, reduction.state))
+                with step(site, "reduce"):
+                    hidden = _moved(hidden, state, reduction.state)
+                hidden, state = reduction.finish(hidden)
         hidden, attending, left, decided, attention_map = self._attention_half(hidden, state, plan, config)
         states = LayerStates(state, attending, left, before or decided)
         return self._feed_forward_half(hidden), states, attention_map
@@ -201,9 +203,10 @@ class TokenPruneLayer:
                 kept = reduction.state
         asking = state if plan.whole_map else kept
         entered = hidden
-        hidden = _moved(entered, state, asking)
-        source = hidden if source is entered else _moved(source, state, asking)
-        query = None if query is None else _moved(query, state, asking)
+        with step(site, "reduce"):
+            hidden = _moved(entered, state, asking)
+            source = hidden if source is entered else _moved(source, state, asking)
+            query = None if query is None else _moved(query, state, asking)
         query = self.query(source) if query is None else query
         context, maps = attend(
             self._kernel(plan, config),
@@ -217,10 +220,11 @@ class TokenPruneLayer:
         if site is not None and not plan.first_token_only:
             with named(f"layer {site.layer}"):
                 if reduction is None:
-                    with _gradient_for(site):
+                    with _gradient_for(site), step(site, "score"):
                         scores = Scores(shift_scores(entered, hidden, state.layout))
                     reduction = begin_reduction(scores, state, site, plan.pruning)
-                    hidden = _moved(hidden, state, reduction.state)
+                    with step(site, "reduce"):
+                        hidden = _moved(hidden, state, reduction.state)
                 hidden, kept = reduction.finish(hidden)
         decided = getattr(reduction, "decided", None)
         if not plan.whole_map or not maps or state.positions is None:
@@ -235,7 +239,7 @@ class TokenPruneLayer:
         mask = self._modules.get("token_mask")
         if plan.soft is not None and plan.site.saliency == "learned":
             return soften_learned(self.predictor, hidden, state, plan.site, plan.soft, mask)
-        with _gradient_for(plan.site, plan.soft):
+        with _gradient_for(plan.site, plan.soft), step(plan.site, "score"):
             scores = score()
         if plan.soft is not None:
             return soften(scores.saliency, state, plan.site, plan.soft, mask)

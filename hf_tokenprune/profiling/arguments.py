@@ -45,6 +45,9 @@ class ProfileArguments(DataArguments):
     split: str = field(default="test", metadata={"help": "train or test: where the inputs are taken from."})
     max_inputs: int = field(default=64, metadata={"help": "Inputs that are read from the data."})
     rounds: int = field(default=15, metadata={"help": "Timed rounds, in each of which all models run in turn."})
+    batch_rounds: int = field(
+        default=100, metadata={"help": "Timed rounds of single batches, which p50 and p99 are taken from."}
+    )
     seconds: float = field(default=120.0, metadata={"help": "After so long no further round is begun, of each timing."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "As from_pretrained takes it."})
@@ -55,7 +58,7 @@ class ProfileArguments(DataArguments):
     seed: int = field(default=0, metadata={"help": "Of made-up inputs and random weights."})
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "max_inputs", "rounds"):
+        for name in ("batch_size", "max_length", "max_inputs", "rounds", "batch_rounds"):
             _at_least_one(name, getattr(self, name))
         for name in ("lengths", "batch_sizes"):
             for value in getattr(self, name):

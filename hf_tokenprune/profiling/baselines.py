@@ -50,7 +50,7 @@ def time_against_baselines(
         "unpadded": lambda: [unpadded(**batch) for batch in arrival],
         "pruned": lambda: [pruned(**batch) for batch in arrival],
     }
-    return time_interleaved(candidates, rounds=rounds, seconds=seconds, progress=progress)
+    return time_interleaved(candidates, rounds=rounds, seconds=seconds, progress=progress, device=pruned.device)
 
 
 def speed_table(timings: Mapping[str, Timing], inputs: int, mac_ratio: float) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
 from typing import Any
 
 
@@ -46,8 +45,3 @@ def measure_energy(
                 return {}
             joules[name].append(sum(found) / times)
     return joules
-
-
-def typical(joules: list[float]) -> tuple[float, tuple[float, float]]:
-    """The median, and the least and the most."""
-    return median(joules), (min(joules), max(joules))

@@ -1,4 +1,4 @@
-"""Wall-clock time, interleaved: what is compared runs in turn, so that a drifting machine slows all alike."""
+"""Time, interleaved: what is compared runs in turn, so that a drifting machine slows all alike."""
 
 import statistics
 import time
@@ -29,6 +29,12 @@ class Timing:
     def percentile(self, percent: float) -> float:
         return float(np.percentile(self.seconds, percent))
 
+    def percentile_interval(self, percent: float) -> tuple[float, float]:
+        """The 95 % interval of a percentile, by bootstrap over the rounds (seeded)."""
+        drawn = np.random.default_rng(0).choice(self.seconds, (2000, len(self.seconds)))
+        low, high = np.percentile(np.percentile(drawn, percent, axis=1), (2.5, 97.5))
+        return float(low), float(high)
+
 
 def speedup(slow: Timing, fast: Timing) -> float:
     """The median over the rounds of slow / fast, each pair taken in the same round."""
@@ -57,6 +63,7 @@ def time_interleaved(
     warmup: int = 1,
     seconds: float = float("inf"),
     progress: Callable = iter,
+    device: torch.device | str | None = None,
 ) -> dict[str, Timing]:
     """Runs the candidates A B C A B C ... and times each run.
 
@@ -65,10 +72,13 @@ def time_interleaved(
         rounds: timed runs of each, at most; warmup: untimed ones before.
         seconds: no round is begun after so long, except the first three.
         progress: wraps the iteration over rounds, for example `tqdm`.
+        device: where the candidates run; None: on CUDA where torch finds it.
 
     Returns:
-        The timings by name, on the device's own clock edges: an accelerator is waited for.
+        The timings by name: by CUDA's own events there, by the processor's clock elsewhere.
     """
+    on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    measure = _seconds_on_cuda if on_cuda else _seconds
     if rounds < 1:
         raise ValueError(f"rounds ({rounds}) must be >= 1")
     for _ in range(warmup):
@@ -80,12 +90,26 @@ def time_interleaved(
         if done >= 3 and time.perf_counter() - begun > seconds:
             break
         for name, candidate in candidates.items():
-            _wait()
-            start = time.perf_counter()
-            candidate()
-            _wait()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(measure(candidate))
     return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _seconds_on_cuda(call: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3  # from milliseconds
 
 
 def _wait() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +22,18 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def machine_line(where: Mapping[str, object]) -> str:
+    """The same in a line, for tables and reports.
+
+    Args:
+        where: as `describe_machine` has it, and `dtype`.
+    """
+    return (
+        f"{where['processor']}, {where['threads']} threads, {where['device']}, {where['dtype']}, "
+        f"torch {where['torch']}, transformers {where['transformers']}"
+    )
 
 
 def _processor() -> str:

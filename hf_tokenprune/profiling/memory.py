@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
     device = torch.device(device)
     if device.type != "cpu":
         torch.accelerator.synchronize()
+        torch.accelerator.empty_cache()  # what was reserved for other calls is not this one's
         torch.accelerator.reset_peak_memory_stats(device)
         before = torch.accelerator.memory_allocated(device)
         call()
@@ -35,8 +37,15 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
     return peak
 
 
-def peak_resident(call: Callable[[], object], every: float = 0.0005) -> int:
-    """Bytes by which this process's resident memory grew at most while `call` ran, looked at every so many seconds."""
+class Resident(NamedTuple):
+    """Bytes of resident memory of this process at most while a call ran, and how much more that was than before."""
+
+    peak: int
+    growth: int
+
+
+def peak_resident(call: Callable[[], object], every: float = 0.0005) -> Resident:
+    """This process's resident memory while `call` ran, looked at every so many seconds."""
     process, done = psutil.Process(), threading.Event()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:  # glibc keeps what was freed before, and would hide what is taken now
@@ -56,4 +65,5 @@ def peak_resident(call: Callable[[], object], every: float = 0.0005) -> int:
     finally:
         done.set()
         watcher.join()
-    return max(peak, process.memory_info().rss) - before
+    peak = max(peak, process.memory_info().rss)
+    return Resident(peak, peak - before)

@@ -1,6 +1,6 @@
 """One batch under torch's profiler, driven by accelerate: a table by operator, a Chrome trace, layers by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProfileKwargs
 from torch import nn
-from torch.profiler import record_function
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -17,6 +19,7 @@ from .macs import count_macs
 
 
 WARMUP = 2
+LAYER_CALLS = 5
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv2d")
 
 
@@ -27,12 +30,12 @@ class OperatorProfile:
     Args:
         table: by operator, as text.
         trace: the Chrome trace's file.
-        layer_seconds: time inside each layer, on the accelerator where there is one.
+        layer_seconds: time inside each layer, on the accelerator where there is one, of several calls.
     """
 
     table: str
     trace: Path
-    layer_seconds: list[float]
+    layer_seconds: list[list[float]]
 
 
 def profile_operators(
@@ -40,27 +43,38 @@ def profile_operators(
 ) -> OperatorProfile:
     """Profiles the third call with this batch; the trace goes into `folder`."""
     on_device = accelerator.device.type == "cuda"
-    handler = ProfileKwargs(
-        activities=["cpu", "cuda"] if on_device else ["cpu"],
-        record_shapes=True,
-        profile_memory=True,
-        with_flops=True,
-        output_trace_dir=str(folder),
-    )
+    activities = ["cpu", "cuda"] if on_device else ["cpu"]
+    handler = ProfileKwargs(activities=activities, record_shapes=True, profile_memory=True, with_flops=True)
     layers = encoder_layers(model)
+
+    def call() -> None:
+        model(**batch)
+        if on_device:
+            torch.cuda.synchronize()
+
     with torch.inference_mode():
         for _ in range(WARMUP):
-            model(**batch)
+            call()
         with _named(layers), accelerator.profile(handler) as profiler, record_function("forward"):
-            model(**batch)
-            if on_device:
-                torch.cuda.synchronize()
-    averages = profiler.key_averages()
+            call()
+        with _named(layers), accelerator.profile(ProfileKwargs(activities=activities)) as layer_profiler:
+            for _ in range(LAYER_CALLS):
+                call()
     time = "device_time_total" if on_device else "cpu_time_total"
-    spent = {event.key: getattr(event, time) for event in averages}
-    table = averages.table(sort_by=f"self_{time}", row_limit=60, max_name_column_width=60)
-    trace = folder / f"profile_{accelerator.process_index}.json"
-    return OperatorProfile(table, trace, [spent.get(f"layer {i}", 0.0) / 1e6 for i in range(len(layers))])
+    table = profiler.key_averages().table(sort_by=f"self_{time}", row_limit=60, max_name_column_width=60)
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / "profile_0.json"  # written here: accelerate would wait for the other processes afterwards
+    profiler.export_chrome_trace(str(trace))
+    return OperatorProfile(table, trace, _layer_seconds(layer_profiler.events(), len(layers), time))
+
+
+def _layer_seconds(events: Iterable[FunctionEvent], depth: int, time: str) -> list[list[float]]:
+    """For each call, of each layer; the processor's ranges, which know their kernels."""
+    spent: dict[str, list[float]] = {f"layer {index}": [] for index in range(depth)}
+    for event in events:
+        if event.name in spent and event.device_type == DeviceType.CPU:
+            spent[event.name].append(getattr(event, time) / 1e6)
+    return [list(call) for call in zip(*spent.values())]
 
 
 def encoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -103,7 +117,7 @@ class FlopCounts:
     Args:
         formula: 2 x `count_macs`, from how many tokens each layer computed; padding is not counted.
         counter: `torch.utils.flop_counter`, of what ran inside the layers.
-        profiler: matrix products that torch.profiler counted, less those outside the layers.
+        profiler: torch.profiler's `with_flops`, of the matrix products that ran inside the layers.
     """
 
     formula: int
@@ -121,16 +135,30 @@ def count_flops(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Fl
     try:
         with torch.no_grad():
             layers = encoder_layers(model)
-            names = {id(module): name for name, module in model.named_modules()}
-            with FlopCounterMode(display=False) as counter:
-                model(**batch)
-            counts = counter.get_flop_counts()
-            inside = sum(sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers)
-            outside = counter.get_total_flops() - inside
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler:
-                model(**batch)
-            matmuls = sum(event.flops for event in profiler.key_averages() if event.key in MATMULS)
+            counter, profiler = _counter_flops(model, layers, batch), _profiler_flops(model, layers, batch)
             formula = 2 * count_macs(model, batch).total
     finally:
         model.set_attn_implementation(kept)
-    return FlopCounts(formula, inside, matmuls - outside)
+    return FlopCounts(formula, counter, profiler)
+
+
+def _counter_flops(model: PreTrainedModel, layers: list[nn.Module], batch: Mapping[str, torch.Tensor]) -> int:
+    names = {id(module): name for name, module in model.named_modules()}
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)
+    counts = counter.get_flop_counts()
+    return sum(sum(counts.get(f"{type(model).__name__}.{names[id(layer)]}", {}).values()) for layer in layers)
+
+
+def _profiler_flops(model: PreTrainedModel, layers: list[nn.Module], batch: Mapping[str, torch.Tensor]) -> int:
+    with _named(layers), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+        model(**batch)
+    inside = {f"layer {index}" for index in range(len(layers))}
+    products = (event for event in profiler.events() if event.name in MATMULS)
+    return sum(event.flops or 0 for event in products if not inside.isdisjoint(_ranges_around(event)))
+
+
+def _ranges_around(event: FunctionEvent) -> Iterator[str]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event.name

@@ -5,27 +5,26 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .figures import SHOWN, Figure, Value, batch_times
 from .latency import Timing, speedup, speedup_bound
+from .machine import machine_line
 
+
+# Figures that pictures look for.
+LAYER_TIME = "time inside each layer"
+LAYER_TOKENS = "tokens that leave each layer"
+ALLOCATED = "peak memory allocated by the first batch"
 
 WORTH_IT = 1.03  # a speed-up below this is not told from the clock's own spread
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One figure.
+class CurvePoint:
+    """What is left of cost and accuracy at some part of the pruning, from 0 to 1."""
 
-    Args:
-        what: what was measured. model: of which model, or over which ("pruned over unpadded").
-        n: how many measurements it comes from. spread: their quartiles, or the lower 95 % bound of a ratio.
-    """
-
-    what: str
-    model: str
-    value: float
-    unit: str
-    n: int = 1
-    spread: tuple[float, ...] | None = None
+    progress: float
+    macs: Figure
+    accuracy: Figure
 
 
 @dataclass(frozen=True)
@@ -34,73 +33,55 @@ class Report:
 
     Args:
         where: machine, device, dtype and versions, which all figures are of.
-        layer_seconds: time inside each layer by model, of one profiled call.
-        alive: mean tokens that leave each layer, unpadded and pruned.
-        by_batch_size: seconds of one batch, by model and number of inputs.
-        curve: accuracy over MACs per input, from nothing pruned to all of the pruning; where there are labels.
+        by_layer: figures with a value for each layer.
+        by_batch_size: seconds of one batch, by number of inputs and model.
+        curve: from nothing pruned to all of the pruning; where there are labels.
     """
 
     subject: dict[str, Any]
     where: dict[str, Any]
-    measured: list[Measured]
-    layer_seconds: dict[str, list[float]]
-    alive: dict[str, list[float]]
+    measured: list[Figure]
+    by_layer: list[Figure]
     by_batch_size: dict[int, dict[str, Timing]]
-    curve: list[dict[str, float]]
+    curve: list[CurvePoint]
     verdict: str
     notes: list[str]
 
+    def values(self, what: str) -> dict[str, Value]:
+        """Of all figures of one thing, its mean or median, by model."""
+        figures = (*self.measured, *self.by_layer)
+        return {figure.model: figure.value for figure in figures if figure.what in (f"mean {what}", f"median {what}")}
+
     def to_json(self) -> str:
         content = asdict(self)
-        content["by_batch_size"] = [
-            asdict(Measured(f"time of a batch of {size}", name, 1e3 * timing.median, "ms", len(timing.seconds)))
-            | {"spread": [1e3 * second for second in timing.spread]}
-            | {f"p{percent}": 1e3 * timing.percentile(percent) for percent in (50, 99)}
-            for size, timings in self.by_batch_size.items()
-            for name, timing in timings.items()
-        ]
-        return json.dumps(content, indent=1)
+        figures = [figure for size, timings in self.by_batch_size.items() for figure in batch_times(size, timings)]
+        content["by_batch_size"] = [asdict(figure) for figure in figures]
+        return "{\n" + ",\n".join(f' "{name}": {_one_a_line(value)}' for name, value in content.items()) + "\n}\n"
 
     def to_markdown(self) -> str:
         lines = [f"# {self.subject['model']}, as it is and pruned", "", self.verdict, ""]
         lines += [f"- {note}" for note in self.notes] + ([""] if self.notes else [])
         lines += ["| what | model | value | spread | n |", "| --- | --- | --- | --- | --- |"]
-        for each in self.measured:
-            spread = "" if each.spread is None else " ... ".join(f"{value:.4g}" for value in each.spread)
-            lines.append(f"| {each.what} | {each.model} | {each.value:.4g} {each.unit} | {spread} | {each.n} |")
-        for title, table in (("ms inside each layer", self._layers()), ("tokens that leave each layer", self.alive)):
-            lines += ["", f"| {title} | {' | '.join(str(i) for i in range(len(next(iter(table.values())))))} |"]
-            lines.append("| --- " * (1 + len(next(iter(table.values())))) + "|")
-            lines += [f"| {name} | {' | '.join(f'{v:.3g}' for v in row)} |" for name, row in table.items()]
-        where = self.where
-        lines += [
-            "",
-            f"{where['processor']}, {where['threads']} threads, {where['device']}, {where['dtype']}, torch "
-            f"{where['torch']}, transformers {where['transformers']}. Pruning: `{json.dumps(self.subject['pruning'])}`",
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _layers(self) -> dict[str, list[float]]:
-        return {name: [1e3 * second for second in row] for name, row in self.layer_seconds.items()}
+        lines += [f"| {each.what} | {each.model} | {' | '.join(each.shown())} |" for each in self.measured]
+        for what in dict.fromkeys(figure.what for figure in self.by_layer):
+            lines += _layer_table([figure for figure in self.by_layer if figure.what == what])
+        pruning = json.dumps(self.subject["pruning"])
+        return "\n".join([*lines, "", f"{machine_line(self.where)}. Pruning: `{pruning}`"]) + "\n"
 
 
-def times(timings: dict[str, Timing], inputs: int) -> list[Measured]:
-    """Milliseconds per input and inputs per second of each model, and the speed-ups between them."""
-    figures = []
-    for name, timing in timings.items():
-        n = len(timing.seconds)
-        low, high = timing.spread
-        each = 1e3 / inputs
-        figures.append(Measured("time of an input", name, each * timing.median, "ms", n, (each * low, each * high)))
-        figures.append(
-            Measured("throughput", name, inputs / timing.median, "inputs/s", n, (inputs / high, inputs / low))
-        )
-    for slow, fast in (("padded", "unpadded"), ("padded", "pruned"), ("unpadded", "pruned")):
-        bound = (speedup_bound(timings[slow], timings[fast]),)
-        ratio = speedup(timings[slow], timings[fast])
-        n = len(timings[fast].seconds)
-        figures.append(Measured("speed-up", f"{fast} over {slow}", ratio, "x", n, bound))
-    return figures
+def _one_a_line(value: Any) -> str:
+    """JSON, a list with each of its items on a line."""
+    if not isinstance(value, list) or not value:
+        return json.dumps(value)
+    return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+
+
+def _layer_table(figures: list[Figure]) -> list[str]:
+    scale, unit = SHOWN.get(figures[0].unit, (1, figures[0].unit))
+    depth = len(figures[0].value)
+    head = f"| {figures[0].what} ({unit}; {figures[0].n} {figures[0].of}) | {' | '.join(map(str, range(depth)))} |"
+    rows = [f"| {each.model} | {' | '.join(f'{scale * value:.3g}' for value in each.value)} |" for each in figures]
+    return ["", head, "| --- " * (1 + depth) + "|", *rows]
 
 
 def verdict(

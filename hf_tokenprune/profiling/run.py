@@ -5,34 +5,46 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 
 from .arguments import ProfileArguments
+from .energy import open_meters
 from .report import Report
 from .session import Session
 from .subject import load_subject
 
 
-def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], object]) -> Report:
+def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], object]) -> Report | None:
     """Profiles the stock model, our engine with nothing pruned and the pruned model, and writes all into a folder.
 
-    The folder gets its files when all of them are there.
+    The folder gets its files when all of them are there. Of several processes the main one does all, and the others
+    get None when it is done.
 
     Args:
         draw: makes pictures of the report in a folder.
 
     Raises:
+        ImportError: energy is asked for and zeus is missing.
         OSError, TypeError, ValueError: as `load_subject` has them; a device that is not there.
         RuntimeError: out of memory with one input.
     """
     accelerator = accelerator_on(arguments.device)
+    with _others_asleep(accelerator):
+        return _profile(arguments, draw, accelerator) if accelerator.is_main_process else None
+
+
+def _profile(arguments: ProfileArguments, draw: Callable[[Report, Path], object], accelerator: Accelerator) -> Report:
+    meters = open_meters() if arguments.energy else None
     subject = load_subject(arguments, accelerator.device)
-    tried: list[int] = []
+    processes, tried = accelerator.num_processes, []
+    notes = [f"Measured by the first of {processes} processes, while the others waited."] if processes > 1 else []
 
     def halve() -> int:
         return tried[-1] // 2
@@ -40,9 +52,10 @@ def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], obje
     @find_executable_batch_size(starting_batch_size=arguments.batch_size, reduce_batch_size_fn=halve)
     def measure(size: int) -> Report:
         tried.append(size)
-        notes = [f"Out of memory in batches of {tried[0]}: halved to {size}."] if tried[1:] else []
+        halved = [f"Out of memory in batches of {tried[0]}: halved to {size}."] if tried[1:] else []
         with _whole_folder(Path(arguments.output_dir)) as folder:
-            report = Session(replace(arguments, batch_size=size), subject, accelerator, folder).run(notes)
+            session = Session(replace(arguments, batch_size=size), subject, accelerator, folder, meters)
+            report = session.run([*notes, *halved])
             draw(report, folder)
             (folder / "report.md").write_text(report.to_markdown())
             (folder / "report.json").write_text(report.to_json())
@@ -57,6 +70,22 @@ def accelerator_on(device: str | None) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device ('cuda') must be there, and torch finds no CUDA device here")
     return Accelerator(cpu=device == "cpu")
+
+
+@contextmanager
+def _others_asleep(accelerator: Accelerator) -> Iterator[None]:
+    """The other processes wait here until the main one leaves, however long it takes.
+
+    By gloo, which sleeps meanwhile: a barrier of nccl keeps a processor and a device busy, and gives up.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        torch.distributed.barrier(group)
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -13,101 +15,133 @@ from ..convert import prune
 from ..modeling.token_outputs import EncoderCall
 from .arguments import ProfileArguments
 from .baselines import time_against_baselines
-from .energy import measure_energy, open_meters, typical
+from .energy import measure_energy
+from .figures import Figure, batch_times, mean_of_inputs, median_of, quartiles, share_of_inputs, times
 from .latency import Timing, time_interleaved
-from .machine import describe_machine
+from .machine import describe_machine, machine_line
 from .macs import MacCount, count_call
 from .memory import peak_memory, peak_resident
 from .operators import FlopCounts, count_flops, profile_operators
-from .report import Measured, Report, times, verdict
+from .report import ALLOCATED, LAYER_TIME, LAYER_TOKENS, CurvePoint, Report, verdict
 from .subject import Batch, Subject
 
 
-MACS = "multiply-accumulates of an input"
+COUNTED = 8  # inputs whose FLOPs are counted, at most: each is run alone
+READINGS = 3  # of memory
 CURVE = (0.0, 0.25, 0.5, 0.75, 1.0)  # how far on the way from nothing pruned to all of the pruning
 
 
 class Session:
-    """The measurements, in the order of `run`."""
+    """The measurements, in the order of `run`.
 
-    def __init__(self, arguments: ProfileArguments, subject: Subject, accelerator: Accelerator, folder: Path):
+    Args:
+        meters: as `open_meters` gives them; None: energy is not asked for.
+    """
+
+    def __init__(
+        self,
+        arguments: ProfileArguments,
+        subject: Subject,
+        accelerator: Accelerator,
+        folder: Path,
+        meters: Any | None = None,
+    ):
         self.arguments, self.subject, self.accelerator, self.folder = arguments, subject, accelerator, folder
-        self.size = arguments.batch_size
+        self.meters = meters
+        self.size = min(arguments.batch_size, len(subject.inputs))
         self.models = subject.models
-        self.batch = subject.batch(list(range(min(self.size, len(subject.inputs)))))
+        self.batch = subject.batch(list(range(self.size)))
+        kind = {"dtype": arguments.dtype, "attention": arguments.attn_implementation}
+        self.where = describe_machine(subject.device) | kind
 
     def run(self, notes: list[str]) -> Report:
         layer_seconds = self.operators()
-        work = {name: self.work(self.models[name]) for name in ("unpadded", "pruned")}
-        macs = {name: counts for name, (counts, _) in work.items()}
+        macs, tokens, left = self.work()
         flops, flop_notes = self.flops()
         memory = self.memory()
-        timings, by_batch_size = self.latency(), self.latency_by_batch_size()
+        timings = self.latency()
+        by_batch_size, size_notes = self.latency_by_batch_size()
         energy, energy_notes = self.energy()
-        left = _total(macs["pruned"]) / _total(macs["unpadded"])
-        inputs = len(self.subject.inputs)
-        measured = [
-            Measured(MACS, "stock", _total(macs["unpadded"], "unpruned") / inputs, "", inputs),
-            *(Measured(MACS, name, _total(each) / inputs, "", inputs) for name, each in macs.items()),
-            Measured("multiply-accumulates left", "pruned over unpadded", left, "", inputs),
-            *times(timings, inputs),
-            *memory,
-            *flops,
-            *energy,
-        ]
-        device = describe_machine(self.subject.device)
+        main = by_batch_size[self.size]
         return Report(
             subject={
-                "model": self.arguments.model_name_or_path,
+                "model": self.subject.name,
                 "pruning": self.models["pruned"].config.pruning.to_dict(),
-                "inputs": inputs,
+                "inputs": len(self.subject.inputs),
                 "batch_size": self.size,
                 "arguments": vars(self.arguments),
             },
-            where=device | {"dtype": self.arguments.dtype, "attention": self.arguments.attn_implementation},
-            measured=measured,
-            layer_seconds=layer_seconds,
-            alive={name: alive for name, (_, alive) in work.items()},
+            where=self.where,
+            measured=[
+                *macs,
+                *times(timings, len(self.subject.inputs)),
+                *batch_times(self.size, main),
+                *memory,
+                *flops,
+                *energy,
+            ],
+            by_layer=[*layer_seconds, *tokens],
             by_batch_size=by_batch_size,
             curve=self.curve(),
-            verdict=verdict(timings, by_batch_size, left, self.size, str(device["device"])),
-            notes=[*notes, *flop_notes, *energy_notes],
+            verdict=verdict(timings, by_batch_size, left, self.size, str(self.where["device"])),
+            notes=[*notes, *_of_the_cpu(self.subject.device), *size_notes, *_few(main), *flop_notes, *energy_notes],
         )
 
-    def operators(self) -> dict[str, list[float]]:
-        """Tables and traces of one batch."""
-        seconds = {}
+    def operators(self) -> list[Figure]:
+        """Tables and traces of one batch, and the time inside each layer."""
+        figures = []
         for name, model in self.models.items():
             done = profile_operators(model, self.batch, self.accelerator, self.folder / "traces" / name)
-            (self.folder / f"profiling_{name}.txt").write_text(done.table)
-            seconds[name] = done.layer_seconds
-        return seconds
+            head = f"{self.subject.name}, {name}, a batch of {self.size}. {machine_line(self.where)}"
+            (self.folder / f"profiling_{name}.txt").write_text(f"{head}\n\n{done.table}")
+            figures.append(median_of(LAYER_TIME, name, done.layer_seconds, "seconds", "calls under the profiler"))
+        return figures
+
+    def work(self) -> tuple[list[Figure], list[Figure], float]:
+        """What an input costs, the tokens of an input that leave each layer, and the share of the cost that is left."""
+        counts, tokens = {}, []
+        for name in ("unpadded", "pruned"):
+            counts[name], leaving = self._work(self.models[name])
+            tokens.append(mean_of_inputs(LAYER_TOKENS, name, leaving, "tokens"))
+        stock = [macs for count in counts["unpadded"] for macs in count.unpruned_per_sample]
+        ours = {name: [macs for count in each for macs in count.per_sample] for name, each in counts.items()}
+        models = {"stock": stock} | ours
+        macs = [mean_of_inputs("MACs of an input", name, each, "MACs") for name, each in models.items()]
+        left = sum(ours["pruned"]) / sum(ours["unpadded"])
+        ratios = quartiles([after / before for after, before in zip(ours["pruned"], ours["unpadded"])])
+        n = len(stock)
+        share = Figure("MACs left of all inputs", "pruned over unpadded", left, "ratio", n, "inputs", ratios)
+        return [*macs, share], tokens, left
 
     @torch.inference_mode()
-    def work(self, model: PreTrainedModel) -> tuple[list[MacCount], list[float]]:
-        """What each batch costs, and the mean tokens of an input that leave each layer."""
-        counts, tokens = [], torch.zeros(model.config.num_hidden_layers)
+    def _work(self, model: PreTrainedModel) -> tuple[list[MacCount], list[list[float]]]:
+        """What each batch costs, and for each input the tokens that leave each layer."""
+        counts, tokens = [], []
         for batch in self.subject.batches(self.size):
             call = EncoderCall(work=True)
             model(**batch, encoder_call=call)
             counts.append(count_call(call, model.config))
-            tokens += torch.tensor([work.feed_forward.sum().item() for work in call.layer_work])
-        return counts, (tokens / len(self.subject.inputs)).tolist()
+            tokens += torch.stack([work.feed_forward for work in call.layer_work], dim=1).tolist()
+        return counts, tokens
 
-    def flops(self) -> tuple[list[Measured], list[str]]:
-        """Of the first batch, three ways."""
+    def flops(self) -> tuple[list[Figure], list[str]]:
+        """Three ways, of some inputs, each alone; and of the first batch, as it is run."""
         figures, notes = [], []
         for name, model in self.models.items():
-            counts = count_flops(model, self.batch)
-            for way, value in vars(counts).items():
-                figures.append(Measured(f"FLOPs of the first batch by {way}", name, value, ""))
-            if not _agree(counts) and name == "baseline":
-                notes.append("Counter and profiler have the stock model's padding in its FLOPs, the formula has not.")
-            elif not _agree(counts):
+            counts = [count_flops(model, self.subject.batch([row])) for row in range(min(COUNTED, self.size))]
+            for way in ("formula", "counter", "profiler"):
+                values = [getattr(count, way) for count in counts]
+                figures.append(mean_of_inputs(f"FLOPs of an input by {way}", name, values, "FLOPs"))
+            if not all(map(_agree, counts)):
                 notes.append(f"The three counts of the {name} model's FLOPs differ by more than 1 %: {counts}.")
+            batch = count_flops(model, self.batch)
+            figures.append(Figure("FLOPs of the first batch by counter", name, batch.counter, "FLOPs", 1, "batch"))
+            if batch.counter > 1.01 * batch.formula:
+                padding = 100 * (1 - batch.formula / batch.counter)
+                notes.append(f"{padding:.0f} % of the {name} model's FLOPs of the first batch by counter are padding.")
         return figures, notes
 
-    def memory(self) -> list[Measured]:
+    def memory(self) -> list[Figure]:
         figures = []
         for name, model in self.models.items():
 
@@ -116,30 +150,39 @@ class Session:
                 model(**self.batch)
 
             call()
-            peak = peak_memory(call, self.subject.device)
-            figures.append(Measured("peak memory allocated by the first batch", name, peak / 2**20, "MiB"))
-            if self.subject.device.type == "cpu":
-                resident = peak_resident(call)
-                figures.append(Measured("growth of resident memory in the first batch", name, resident / 2**20, "MiB"))
-            else:
-                reserved = torch.accelerator.max_memory_reserved(self.subject.device)
-                figures.append(Measured("peak memory reserved", name, reserved / 2**20, "MiB"))
+            figures += [
+                median_of(what, name, values, "bytes", "readings") for what, values in self._memory(call).items()
+            ]
         return figures
 
-    def energy(self) -> tuple[list[Measured], list[str]]:
+    def _memory(self, call: Callable[[], None]) -> dict[str, list[int]]:
+        """Bytes of each reading, by what was read."""
+        device = self.subject.device
+        if device.type == "cpu":
+            allocated = [peak_memory(call) for _ in range(READINGS)]
+            resident = [peak_resident(call) for _ in range(READINGS)]
+            return {
+                ALLOCATED: allocated,
+                "growth of resident memory in the first batch": [reading.growth for reading in resident],
+                "peak resident memory of the process": [reading.peak for reading in resident],
+            }
+        readings = [(peak_memory(call, device), torch.accelerator.max_memory_reserved(device)) for _ in range(READINGS)]
+        allocated, reserved = map(list, zip(*readings))
+        return {ALLOCATED: allocated, "peak memory reserved, weights included": reserved}
+
+    def energy(self) -> tuple[list[Figure], list[str]]:
         """Of an input of the first batch, where it is asked for."""
-        if not self.arguments.energy:
+        if self.meters is None:
             return [], []
         calls = {name: self._finished(model) for name, model in self.models.items()}
         with torch.inference_mode():
-            joules = measure_energy(open_meters(), calls)
+            joules = measure_energy(self.meters, calls)
         if not joules:
             return [], ["Energy was not measured: zeus finds no meter on this machine."]
-        inputs, figures = len(next(iter(self.batch.values()))), []
-        for name, each in joules.items():
-            middle, spread = typical(each)
-            low, high = (value / inputs for value in spread)
-            figures.append(Measured("energy of an input", name, middle / inputs, "J", len(each), (low, high)))
+        figures = [
+            median_of("energy of an input", name, [each / self.size for each in read], "joules", "rounds")
+            for name, read in joules.items()
+        ]
         return figures, []
 
     def _finished(self, model: PreTrainedModel) -> Callable[[], None]:
@@ -164,26 +207,38 @@ class Session:
             progress=lambda steps: tqdm(steps, desc="rounds"),
         )
 
-    def latency_by_batch_size(self) -> dict[int, dict[str, Timing]]:
-        """Of one batch of each size that there are inputs for."""
-        timings = {}
-        for size in sorted({*self.arguments.batch_sizes, self.size}):
-            if size > len(self.subject.inputs):
-                continue
-            batch = self.subject.batch(list(range(size)))
-            calls = {name: _call(model, batch) for name, model in self.models.items()}
-            calls["padded"] = calls.pop("baseline")
-            with torch.inference_mode():
-                timings[size] = time_interleaved(
-                    calls,
-                    rounds=self.arguments.rounds,
-                    seconds=self.arguments.seconds,
-                    progress=lambda steps, size=size: tqdm(steps, desc=f"batches of {size}"),
-                )
-        return timings
+    def latency_by_batch_size(self) -> tuple[dict[int, dict[str, Timing]], list[str]]:
+        """Of one batch of each size that there are inputs and memory for; and what there is no memory for, in words."""
+        sizes = sorted(size for size in {*self.arguments.batch_sizes, self.size} if size <= len(self.subject.inputs))
+        timings: dict[int, dict[str, Timing]] = {}
+        for place, size in enumerate(sizes):
+            try:
+                timings[size] = self._latency_of_size(size)
+            except RuntimeError as error:
+                if size <= self.size or not should_reduce_batch_size(error):
+                    raise
+                left_out = sizes[place:]
+                break
+        else:
+            return timings, []
+        clear_device_cache(garbage_collection=True)  # out here, where the error no longer holds the tensors
+        listed = " and ".join(map(str, left_out))
+        return timings, [f"Out of memory in batches of {left_out[0]}: latency over batch size is without {listed}."]
 
     @torch.inference_mode()
-    def curve(self) -> list[dict[str, float]]:
+    def _latency_of_size(self, size: int) -> dict[str, Timing]:
+        batch = self.subject.batch(list(range(size)))
+        calls = {"padded" if name == "baseline" else name: _call(model, batch) for name, model in self.models.items()}
+        return time_interleaved(
+            calls,
+            rounds=self.arguments.batch_rounds,
+            seconds=self.arguments.seconds,
+            progress=lambda steps: tqdm(steps, desc=f"batches of {size}"),
+            device=self.subject.device,
+        )
+
+    @torch.inference_mode()
+    def curve(self) -> list[CurvePoint]:
         """Accuracy and MACs on the way from nothing pruned to all of the pruning, where there are labels."""
         if self.subject.labels is None:
             return []
@@ -192,22 +247,30 @@ class Session:
         points = []
         for progress in CURVE:
             model = prune(pruned, replace(pruning, budgets=(), objective=None).eased(progress, longest)).eval()
-            predicted, macs = [], 0
+            predicted, macs = [], []
             for batch in self.subject.batches(self.size):
                 call = EncoderCall(work=True)
                 predicted.append(model(**batch, encoder_call=call).logits.argmax(dim=-1).cpu())
-                macs += count_call(call, model.config).total
-            right = (torch.cat(predicted) == labels).float().mean().item()
-            points.append({"progress": progress, "macs": macs / len(labels), "accuracy": right, "n": len(labels)})
+                macs += count_call(call, model.config).per_sample
+            right = share_of_inputs("accuracy", "pruned", int((torch.cat(predicted) == labels).sum()), len(labels))
+            points.append(CurvePoint(progress, mean_of_inputs("MACs of an input", "pruned", macs, "MACs"), right))
         return points
+
+
+def _of_the_cpu(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return []
+    why = "CUDA was not asked for" if torch.cuda.is_available() else "No CUDA device"
+    return [f"{why}: times and memory are of the {device.type.upper()}."]
 
 
 def _call(model: PreTrainedModel, batch: Batch) -> Callable[[], object]:
     return lambda: model(**batch)
 
 
-def _total(counts: list[MacCount], which: str = "total") -> int:
-    return sum(getattr(count, which) for count in counts)
+def _few(timings: dict[str, Timing]) -> list[str]:
+    rounds = len(timings["pruned"].seconds)
+    return [f"p99 of {rounds} rounds is about the slowest of them: 100 were not reached."] if rounds < 100 else []
 
 
 def _agree(counts: FlopCounts) -> bool:

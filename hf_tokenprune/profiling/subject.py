@@ -35,9 +35,11 @@ Batch = dict[str, torch.Tensor]
 class Subject:
     """The same weights as the stock model, as our engine with nothing pruned, and pruned; and inputs on the device.
 
-    inputs: single rows, as the collator takes them. labels: their classes, where they have any.
+    name: what reports call it. inputs: single rows, as the collator takes them. labels: their classes, where they have
+    any.
     """
 
+    name: str
     models: dict[str, PreTrainedModel]
     inputs: list[dict[str, Any]]
     labels: list[int] | None
@@ -85,10 +87,11 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     if not pruned.config.pruning.sites:
         raise ValueError("pruning (no sites) must have a layer at which tokens go: there is nothing to profile")
     models = {"baseline": stock, "unpadded": prune(stock, None).eval(), "pruned": pruned}
+    name = _shape(stock) if arguments.random_weights else arguments.model_name_or_path
     if arguments.dataset_name is None:
         rows = _made_up_images(arguments, model) if images else _made_up_texts(arguments, model)
-        return Subject(models, rows, None, default_data_collator if images else _padded)
-    return Subject(models, *_real_inputs(arguments, source, tokenizer))
+        return Subject(name, models, rows, None, default_data_collator if images else _padded)
+    return Subject(name, models, *_real_inputs(arguments, source, tokenizer))
 
 
 def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedModel:
@@ -97,6 +100,11 @@ def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedMo
     if arguments.random_weights:
         return saved_task(config).auto.from_config(config, **given)
     return load_model(source, config=config, **given)
+
+
+def _shape(model: PreTrainedModel) -> str:
+    depth, width = model.config.num_hidden_layers, model.config.hidden_size
+    return f"{type(model).__name__} of {depth} layers, {width} wide, with random weights"
 
 
 def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:

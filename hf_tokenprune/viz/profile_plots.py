@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_atomically
+from ..profiling.report import ALLOCATED, LAYER_TIME, LAYER_TOKENS
 from .plots import OperatingPoint, accuracy_over_macs, empty_figure
 
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ..profiling.report import Report
 
 COLOURS = {"baseline": "#8c959f", "padded": "#8c959f", "stock": "#8c959f", "unpadded": "#57606a", "pruned": "#0b6e8f"}
-MIB = "peak memory allocated by the first batch"
 
 
 def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
@@ -28,15 +28,16 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
         ImportError: matplotlib is missing.
     """
     folder, model = Path(folder), Path(report.subject["model"]).name
-    milliseconds = {name: [1e3 * second for second in row] for name, row in report.layer_seconds.items()}
-    memory = {each.model: each.value for each in report.measured if each.what == MIB}
+    milliseconds = {name: [1e3 * second for second in row] for name, row in report.values(LAYER_TIME).items()}
+    memory = {name: value / 2**20 for name, value in report.values(ALLOCATED).items()}
+    tokens = report.values(LAYER_TOKENS)
     sizes = {
         name: [(size, 1e3 * timings[name].median / size) for size, timings in report.by_batch_size.items()]
         for name in next(iter(report.by_batch_size.values()))
     }
     drawn = [
         _picture(folder / "time_per_layer.png", f"Time inside each layer: {model}", "layer", "ms", _bars(milliseconds)),
-        draw_tokens(report.alive, folder / "tokens_per_layer.png", title=f"Tokens that leave each layer: {model}"),
+        draw_tokens(tokens, folder / "tokens_per_layer.png", title=f"Tokens that leave each layer: {model}"),
         _picture(folder / "memory.png", f"Peak memory of the first batch: {model}", "", "MiB", _named_bars(memory)),
         _picture(
             folder / "latency_over_batch_size.png", f"Latency over batch size: {model}", "inputs a batch",
@@ -45,7 +46,7 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     ]  # fmt: skip
     if report.curve:
         points = [
-            OperatingPoint(f"{100 * point['progress']:.0f} % pruned", point["macs"] / 1e9, point["accuracy"])
+            OperatingPoint(f"{100 * point.progress:.0f} % pruned", point.macs.value / 1e9, point.accuracy.value)
             for point in report.curve
         ]
         drawn.append(accuracy_over_macs(points, folder / "accuracy_over_macs.png", title=f"Training-free: {model}"))
