@@ -21,23 +21,23 @@ from .modeling.model_repository import PIPELINE_TAGS
 
 
 class Task(NamedTuple):
-    """The Auto class that loads a head, and the Hub's name for what it does."""
+    """The Auto class that loads a head."""
 
     auto: type
-    pipeline_tag: str
 
-
-def _task(auto: type) -> Task:
-    return Task(auto, PIPELINE_TAGS[auto.__name__])
+    @property
+    def pipeline_tag(self) -> str:
+        """The Hub's name for what it does."""
+        return PIPELINE_TAGS[self.auto.__name__]
 
 
 HEADS = {
-    "ForSequenceClassification": _task(AutoModelForSequenceClassification),
-    "ForTokenClassification": _task(AutoModelForTokenClassification),
-    "ForImageClassification": _task(AutoModelForImageClassification),
-    "ForImageClassificationWithTeacher": _task(AutoModelForImageClassification),
+    "ForSequenceClassification": Task(AutoModelForSequenceClassification),
+    "ForTokenClassification": Task(AutoModelForTokenClassification),
+    "ForImageClassification": Task(AutoModelForImageClassification),
+    "ForImageClassificationWithTeacher": Task(AutoModelForImageClassification),
 }
-NO_HEAD = _task(AutoModel)
+NO_HEAD = Task(AutoModel)
 
 
 def task_of(architecture: str | None) -> Task:
