@@ -365,6 +365,9 @@ class TokenPruneHead(Prunable):
 
     output_class: type
     reads_first_token_only = False
+    # What objectives add, and some native losses, know no `num_items_in_batch`: without this, Trainer would take them
+    # for divided by it, and count them once for every accumulated batch.
+    accepts_loss_kwargs = False
 
     def run_head(self, native_forward: Callable, output_token_trace: bool | None, **inputs: Any) -> Any:
         """The native head's forward over our base model, its output with the trace.

@@ -44,6 +44,8 @@ class TokenPruneTrainer(Trainer):
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
         - A checkpoint's state is written when all processes have written their part, and `resume_from_checkpoint=True`
           goes on from the last one that was written to its end, whenever the run was killed.
+        - Accumulated over several batches, the terms that are added to a loss of the user's own (`compute_loss_func`),
+          which `Trainer` takes for divided, are divided too.
         - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
 
     Args:
@@ -247,11 +249,12 @@ class TokenPruneTrainer(Trainer):
                 self.pruned.set_pruning(pupil)
                 call = EncoderCall(work=True)
                 logits = model(**unlabelled, encoder_call=call)["logits"]
-                loss = loss + kl_to_teacher(
+                difference = kl_to_teacher(
                     logits, whole["logits"], self.args.distillation_temperature, self._counted(inputs, logits)
                 )
+                loss = loss + self._share * difference
                 more = self.pruned.base_model.pruning_loss(call)
-                loss = loss if more is None else loss + more
+                loss = loss if more is None else loss + self._share * more
                 self.work.add(call, self.pruned.config)
         finally:
             self.pruned.set_pruning(pruning)
@@ -275,7 +278,7 @@ class TokenPruneTrainer(Trainer):
         loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, items)
         if outputs.get("loss") is None:  # a loss of the Trainer's own knows nothing of the pruning's
             more = self.pruned.base_model.pruning_loss(call)
-            loss = loss if more is None else loss + more
+            loss = loss if more is None else loss + self._share * more
         if not args.distillation_weight and not tokens:
             return loss, outputs, call
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
@@ -283,13 +286,18 @@ class TokenPruneTrainer(Trainer):
             taught = self.teacher(**unlabelled, output_hidden_states=tokens)
         if args.distillation_weight:
             counted = self._counted(inputs, outputs["logits"])
-            loss = loss + args.distillation_weight * kl_to_teacher(
-                outputs["logits"], taught["logits"], args.distillation_temperature, counted
-            )
+            difference = kl_to_teacher(outputs["logits"], taught["logits"], args.distillation_temperature, counted)
+            loss = loss + self._share * args.distillation_weight * difference
         if tokens:
             mse = kept_token_mse(outputs["hidden_states"][-1], taught["hidden_states"][-1], call.end)
-            loss = loss + args.token_distillation_weight * mse
+            loss = loss + self._share * args.token_distillation_weight * mse
         return loss, outputs, call
+
+    @property
+    def _share(self) -> float:
+        """Of what is added to a batch's loss, where `Trainer` does not divide that by the accumulated batches."""
+        batches = getattr(self, "current_gradient_accumulation_steps", 1)
+        return 1.0 if self.compute_loss_func is None else 1.0 / batches
 
     def _counted(self, inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor | None:
         """Which tokens have logits that count; None: logits are of samples."""
