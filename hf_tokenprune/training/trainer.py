@@ -1,6 +1,7 @@
 """`TokenPruneTrainer`: the stock `Trainer` with distillation, schedules, and a log of what was pruned."""
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ class TokenPruneTrainer(Trainer):
           goes on from the last one that was written to its end, whenever the run was killed.
         - Accumulated over several batches, the terms that are added to a loss of the user's own (`compute_loss_func`),
           which `Trainer` takes for divided, are divided too.
-        - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
+        - Labels out of range, and a loss or a gradient that is not finite, end the run with a sentence before the weights
+          change; checkpoints stay.
 
     Args:
         teacher: an unpruned model for the distillation terms, native or ours; it is put in evaluation mode.
@@ -219,6 +221,16 @@ class TokenPruneTrainer(Trainer):
                 "other data; the checkpoints that were saved are as they were"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaler = self.accelerator.scaler  # of float16: it leaves such a step out, and scales the next one less
+        if norm is not None and (scaler is None or not scaler.is_enabled()) and not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient's norm ({float(norm)}) at step {self.state.global_step} must be finite: a lower learning "
+                "rate, or other data; the checkpoints that were saved are as they were"
+            )
+        return norm
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
