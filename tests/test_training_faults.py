@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from test_token_prune_trainer import TOP_K, rows_of, trainer_for
+from test_token_prune_trainer import BUDGET, TOP_K, trainer_for
 from transformers import TrainerCallback
+
+from hf_tokenprune.training import budget
 
 
 class BrokenGradient(torch.autograd.Function):
@@ -46,3 +48,35 @@ def test_a_scaler_leaves_steps_out_by_itself(tmp_path):
     trainer = trainer_for(TOP_K, tmp_path)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert trainer._get_grad_norm(trainer.model, torch.tensor(torch.inf)) == torch.inf
+
+
+def test_a_budget_that_training_put_out_of_reach_is_raised_to_what_is(monkeypatch, tmp_path):
+    class Level(TrainerCallback):
+        """In one layer every token is attended alike in the end: a threshold below 1 removes none."""
+
+        def on_train_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                for parameter in model.bert.encoder.layer[1].attention.self.query.parameters():
+                    parameter.zero_()
+
+    said = []
+    monkeypatch.setattr(budget.logger, "warning", said.append)
+    pruning = {"preset": "adaptive", "layers": [1, 2], "threshold": 0.95}
+    trainer = trainer_for(
+        pruning, tmp_path, budgets=[0.7, 0.75, 1.0], learning_rate=0.01, max_steps=2, callbacks=[Level()]
+    )
+    trainer.train()
+    (least, values), (most, _) = trainer.pruned.config.pruning.budgets
+    assert values == (0.95, 0.95) and 0.75 < least < most == 1.0
+    assert len(said) == 1 and f"budgets ([0.7, 0.75]) must be at least {least:.3f}" in said[0]
+    trainer.pruned.set_budget(1.0)
+    assert trainer.pruned.config.pruning.values == (0.0, 0.0)
+
+
+def test_budgets_beside_a_target(tmp_path):
+    with pytest.raises(ValueError, match=r"a budget \(0.5\) must be at least target_macs \(0.6\)"):
+        trainer_for(BUDGET, tmp_path, budgets=[0.5, 0.9])
+    # What the thresholds cost at the start (0.5: almost nothing is removed) says nothing of what they will.
+    trainer = trainer_for(BUDGET, tmp_path, budgets=[0.6, 0.8], max_steps=2, pruner_learning_rate=0.1)
+    trainer.train()
+    assert [ratio for ratio, _ in trainer.pruned.config.pruning.budgets] == pytest.approx([0.6, 0.8], abs=0.03)

@@ -47,7 +47,7 @@ class TokenPruneTrainer(Trainer):
           goes on from the last one that was written to its end, whenever the run was killed.
         - Accumulated over several batches, the terms that are added to a loss of the user's own (`compute_loss_func`),
           which `Trainer` takes for divided, are divided too.
-        - Labels out of range, and a loss or a gradient that is not finite, end the run with a sentence before the weights
+        - Labels out of range, and a loss or a gradient that is not finite, end the run with a sentence before weights
           change; checkpoints stay.
 
     Args:
@@ -99,6 +99,11 @@ class TokenPruneTrainer(Trainer):
         if args.sandwich_samples and not args.budgets and (pruning is None or not pruning.budgets):
             raise ValueError(f"sandwich_samples ({args.sandwich_samples}) needs budgets, here or in the pruning")
         objective = None if pruning is None else pruning.objective
+        target = None if objective is None else objective.target_macs
+        if target is not None and min(args.budgets or [target]) < target:
+            raise ValueError(
+                f"a budget ({min(args.budgets)}) must be at least target_macs ({target}), whose values are the smallest"
+            )
         for name in ("in_place_distillation", "sandwich_samples", "keep_rate_warmup_end"):
             if getattr(args, name) and objective is not None and objective.learns_values:
                 raise ValueError(
@@ -153,23 +158,23 @@ class TokenPruneTrainer(Trainer):
             unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
             self._phases.start_macs = min(1.0, measure(replace(unpruned, objective=None)))
             self._phases.meet = lambda learned: thresholds_for_budget(replace(learned, objective=None), target, measure)
-        if budgets:
+        if budgets and target is None:  # the values that a target asks for are still to be learned
             self._set_budgets(measure)
         result = super().train(resume_from_checkpoint, **kwargs)
         self.pruned.settle_pruning()
         if measure is not None and target is not None:
             self.pruned.set_pruning(self._phases.meet(self.pruned.config.pruning))
         if budgets:
-            self._set_budgets(measure)
+            self._set_budgets(measure, trained=True)
         return result
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
-    def _set_budgets(self, measure: Callable[[PruningConfig], float]) -> None:
-        longest = self.pruned.base_model.longest_input
-        self.pruned.set_pruning(with_budgets(self.pruned.config.pruning, self.args.budgets, measure, longest))
+    def _set_budgets(self, measure: Callable[[PruningConfig], float], trained: bool = False) -> None:
+        longest, pruning = self.pruned.base_model.longest_input, self.pruned.config.pruning
+        self.pruned.set_pruning(with_budgets(pruning, self.args.budgets, measure, longest, clamp=trained))
 
     def _fill_prior(self) -> None:
         """Every process fills the same table, from the same inputs."""
@@ -227,8 +232,8 @@ class TokenPruneTrainer(Trainer):
         scaler = self.accelerator.scaler  # of float16: it leaves such a step out, and scales the next one less
         if norm is not None and (scaler is None or not scaler.is_enabled()) and not math.isfinite(norm):
             raise ValueError(
-                f"the gradient's norm ({float(norm)}) at step {self.state.global_step} must be finite: a lower learning "
-                "rate, or other data; the checkpoints that were saved are as they were"
+                f"the gradient's norm ({float(norm)}) at step {self.state.global_step} must be finite: a lower "
+                "learning rate, or other data; the checkpoints that were saved are as they were"
             )
         return norm
 
@@ -279,7 +284,8 @@ class TokenPruneTrainer(Trainer):
             return [pruning] if self.args.in_place_distillation else []
         least, most = (pruning.budgets[end][0] for end in (0, -1))
         chance = random.Random(f"{self.args.seed}/{self.state.global_step}")
-        return [pruning.at_budget(macs) for macs in (least, *(chance.uniform(least, most) for _ in range(samples)))]
+        drawn, longest = (chance.uniform(least, most) for _ in range(samples)), self.pruned.base_model.longest_input
+        return [pruning.at_budget(macs, longest) for macs in (least, *drawn)]
 
     def _student_loss(
         self, model: nn.Module, inputs: dict[str, Any], items: Any
