@@ -408,7 +408,7 @@ sys.path.insert(0, {tests!r})
 from test_token_prune_trainer import BUDGET, trainer_for
 torch.manual_seed(0)
 trainer = trainer_for(BUDGET, {folder!r}, per_device_train_batch_size=3, max_steps=6, pruner_learning_rate=0.1,
-                      per_device_eval_batch_size=5, budget_samples=12)
+                      per_device_eval_batch_size=5, budget_samples=12, gradient_checkpointing={checkpointing})
 trainer.train()
 scores = trainer.evaluate()
 weights = [parameter.detach().double().sum() for parameter in trainer.model.parameters()]
@@ -426,9 +426,10 @@ os._exit(0)  # threads of gloo sometimes abort an interpreter that is shutting d
 """
 
 
-def test_two_processes_learn_the_same_and_evaluate_as_one(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_processes_learn_the_same_and_evaluate_as_one(checkpointing, tmp_path):
+    script, names = tmp_path / "train.py", {"folder": str(tmp_path), "checkpointing": checkpointing}
+    script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent), **names)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
