@@ -1,10 +1,13 @@
 """What goes wrong while a model trains: what was saved, and what was learned, is not lost."""
 
+import json
+
 import pytest
 import torch
-from test_token_prune_trainer import BUDGET, TOP_K, trainer_for
+from test_token_prune_trainer import BUDGET, TOP_K, native_model, rows_of, trainer_for
 from transformers import TrainerCallback
 
+from hf_tokenprune import prune
 from hf_tokenprune.training import budget
 
 
@@ -80,3 +83,18 @@ def test_budgets_beside_a_target(tmp_path):
     trainer = trainer_for(BUDGET, tmp_path, budgets=[0.6, 0.8], max_steps=2, pruner_learning_rate=0.1)
     trainer.train()
     assert [ratio for ratio, _ in trainer.pruned.config.pruning.budgets] == pytest.approx([0.6, 0.8], abs=0.03)
+
+
+def test_an_adapter_is_loaded_with_the_pruning_that_it_learned(tmp_path):
+    peft = pytest.importorskip("peft")
+    whole = ["token_mask", "token_budget", "classifier"]
+    lora = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=whole, task_type="SEQ_CLS")
+    model = peft.get_peft_model(prune(native_model(), BUDGET), lora)
+    trainer = trainer_for(model, tmp_path, max_steps=4, pruner_learning_rate=0.1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    pruning = json.loads((tmp_path / "adapter" / "pruning.json").read_text())
+    again = peft.PeftModel.from_pretrained(prune(native_model(), pruning), str(tmp_path / "adapter")).eval()
+    inputs = {name: torch.stack([row[name] for row in rows_of()]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits)

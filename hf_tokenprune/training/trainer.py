@@ -1,12 +1,14 @@
 """`TokenPruneTrainer`: the stock `Trainer` with distillation, schedules, and a log of what was pruned."""
 
 import copy
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from ..convert import prune
+from ..files import write_atomically
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruner_modules import PREDICTORS, VALUES
 from ..modeling.pruning_config import PruningConfig
@@ -43,6 +46,7 @@ class TokenPruneTrainer(Trainer):
         - Logs carry the MAC ratio and the alive tokens of each site.
         - Predictions are in the data's order, grouped by length or not: padding costs nothing here.
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
+        - Beside an adapter the pruning is saved, as `pruning.json`.
         - A checkpoint's state is written when all processes have written their part, and `resume_from_checkpoint=True`
           goes on from the last one that was written to its end, whenever the run was killed.
         - Accumulated over several batches, the terms that are added to a loss of the user's own (`compute_loss_func`),
@@ -162,11 +166,28 @@ class TokenPruneTrainer(Trainer):
             self._set_budgets(measure)
         result = super().train(resume_from_checkpoint, **kwargs)
         self.pruned.settle_pruning()
+        self._settle_adapters()
         if measure is not None and target is not None:
             self.pruned.set_pruning(self._phases.meet(self.pruned.config.pruning))
         if budgets:
             self._set_budgets(measure, trained=True)
         return result
+
+    def _settle_adapters(self) -> None:
+        """What was learned is in the config now: adapters have no part of it to save, and need none to be loaded."""
+        pruning = self.pruned.config.pruning
+        if pruning is None or pruning.objective is not None:
+            return
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            names = getattr(adapter, "modules_to_save", None)
+            adapter.modules_to_save = [name for name in names or () if name not in VALUES] or None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        pruning = self.pruned.config.pruning
+        if self.args.should_save and self.pruned is not self.model and pruning is not None:
+            path = Path(output_dir or self.args.output_dir) / "pruning.json"  # an adapter has no model's config
+            write_atomically(path, json.dumps(pruning.to_dict(), indent=1).encode())
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
