@@ -143,10 +143,21 @@ def prepare(
 ) -> tuple[datasets.DatasetDict, PreTrainedTokenizerBase | BaseImageProcessor, Callable]:
     """What the model takes, what makes it, and what makes batches of it."""
     if arguments.image_column is not None:
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        processor = load_processor(source, arguments.image_size)
         return read_images(splits, processor, arguments.image_size), processor, default_data_collator
     tokenizer = AutoTokenizer.from_pretrained(source)
     return tokenize(splits, tokenizer, arguments.max_length), tokenizer, DataCollatorWithPadding(tokenizer)
+
+
+def load_processor(source: str | Path, pixels: int | None) -> BaseImageProcessor:
+    """The processor of images, for that side if one is given: it is saved so, for those who predict."""
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    if pixels is None:
+        return processor
+    square = {"height": pixels, "width": pixels}
+    sizes = {"size": {"shortest_edge": pixels} if "shortest_edge" in (processor.size or {}) else square}
+    sizes |= {"crop_size": square} if getattr(processor, "do_center_crop", False) else {}
+    return AutoImageProcessor.from_pretrained(source, backend="pil", **sizes)
 
 
 def check_same_run(path: Path, asked: dict, last: str | None) -> None:
