@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,18 @@ def test_a_mistake_ends_the_command_with_one_sentence(room, straight):
     done = run(recipe(room, straight, pruning="top_k"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "holds a run with pruning" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("missing", [ImportError("No module named 'wandb'"), RuntimeError("requires tensorboard")])
+def test_what_is_not_there_is_one_sentence(room, missing, monkeypatch, tmp_path):
+    def fail(*given: Any) -> None:
+        raise missing
+
+    path = recipe(room, tmp_path / "out")
+    monkeypatch.setattr("hf_tokenprune.training.finetune.make_trainer", fail)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(path)])
+    with pytest.raises(SystemExit, match=str(missing)):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.mark.parametrize(

@@ -351,6 +351,12 @@ def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):
     other.vocab_size = 60
     with pytest.raises(ValueError, match=r"the teacher's vocab_size \(60\) must be the student's \(50\)"):
         trainer_for(TOP_K, tmp_path, teacher=tiny.build(tiny.Case(TEXT.native, other)))
+    other = copy.deepcopy(TEXT.config)
+    other.hidden_size = 16
+    narrow = tiny.build(tiny.Case(TEXT.native, other))
+    trainer_for(TOP_K, tmp_path, teacher=narrow, distillation_weight=1.0)  # logits have no width
+    with pytest.raises(ValueError, match=r"the teacher's hidden_size \(16\) must be the student's \(32\)"):
+        trainer_for(TOP_K, tmp_path, teacher=narrow, token_distillation_weight=1.0)
     with pytest.raises(ValueError, match="without a teacher"):
         trainer_for(TOP_K, tmp_path, distillation_weight=0.5)
     with pytest.raises(ValueError, match=r"sandwich_samples \(1\) needs budgets"):

@@ -181,11 +181,18 @@ def _decisive(training: TokenPruneTrainingArguments) -> dict[str, Any]:
 
 
 def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> dict:
-    """Trains, tests, saves; the report."""
+    """Trains, tests, saves; the report.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: arguments that do not fit, before it trains.
+    """
     folder = Path(training.output_dir)
     last = last_whole_checkpoint(folder)
     check_same_run(folder / "run.json", asdict(arguments) | _decisive(training), last)
-    trainer = make_trainer(arguments, training)
+    try:
+        trainer = make_trainer(arguments, training)
+    except RuntimeError as error:  # what is not installed, or weights that do not fit; later ones keep their traceback
+        raise ValueError(str(error)) from error
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
     tested = trainer.predict(trainer.eval_dataset)
     trainer.save_model(str(folder / "model"))

@@ -59,8 +59,8 @@ class TokenPruneTrainer(Trainer):
 
     Raises:
         TypeError: a model that is not ours.
-        ValueError: a teacher with other labels or another vocabulary, distillation without a teacher, a sandwich
-            without budgets.
+        ValueError: a teacher with other labels, vocabulary or (for its tokens) width, distillation without a teacher, a
+            sandwich without budgets.
     """
 
     args: TokenPruneTrainingArguments
@@ -81,7 +81,7 @@ class TokenPruneTrainer(Trainer):
 
     def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Unpruned and in evaluation mode; a copy where the student has the same parameters, as `prune` makes it."""
-        check_teacher(self.pruned.config, teacher.config)
+        check_teacher(self.pruned.config, teacher.config, bool(self.args.token_distillation_weight))
         teacher = prune(teacher, None)
         trained = {id(parameter) for parameter in self.model.parameters()}
         if any(id(parameter) in trained for parameter in teacher.parameters()):
