@@ -1,4 +1,4 @@
-"""What the pruning adds to the loss, accumulated over several batches: the loss and the gradients of the large batch."""
+"""What the pruning adds to the loss, accumulated over several batches: loss and gradients of the large batch."""
 
 from pathlib import Path
 from typing import Any
