@@ -20,7 +20,7 @@ def main() -> None:
     try:
         arguments, training = parse_arguments(FinetuneArguments, TokenPruneTrainingArguments)
         report = finetune(arguments, training)
-    except (packaged.PackagedFileError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (packaged.PackagedFileError, ImportError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     test = report["test"]
     if training.process_index:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser, ViTForImageClassification
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
-from hf_tokenprune.training.finetune import FinetuneArguments, finetune, load_splits
+from hf_tokenprune.training.finetune import FinetuneArguments, finetune, load_processor, load_splits
 from hf_tokenprune.training.resuming import last_whole_checkpoint
 
 
@@ -178,6 +179,37 @@ def test_a_mistake_ends_the_command_with_one_sentence(room, straight):
     done = run(recipe(room, straight, pruning="top_k"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "holds a run with pruning" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("missing", [ImportError("No module named 'wandb'"), RuntimeError("requires tensorboard")])
+def test_what_is_not_there_is_one_sentence(room, missing, monkeypatch, tmp_path):
+    def fail(*given: Any) -> None:
+        raise missing
+
+    path = recipe(room, tmp_path / "out")
+    monkeypatch.setattr("hf_tokenprune.training.finetune.make_trainer", fail)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(path)])
+    with pytest.raises(SystemExit, match=str(missing)):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ({"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}}, {"size": (12, 12)}),
+        (
+            {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28}, "do_center_crop": True},
+            {"size": (12,), "crop_size": (12, 12)},
+        ),
+    ],
+)
+def test_a_processor_is_saved_with_the_size_that_was_asked_for(written, expected, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    load_processor(tmp_path, 12).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())
+    found = {name: tuple(side for side in saved[name].values() if side is not None) for name in expected}
+    assert found == expected
+    assert load_processor(tmp_path, None).size == written["size"]
 
 
 def test_images(tmp_path):

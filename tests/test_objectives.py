@@ -323,7 +323,7 @@ def test_votes_of_tokens_that_are_going_do_not_count(rule, values):
 def test_budgets_of_a_preset_that_awaits_the_depth():
     given = PruningConfig.preset("length_adaptive", keep_rate=0.5, budgets=[[0.4, [0.8, 0.5, 0.3, 0.2]]])
     assert PruningConfig.from_dict(given.to_dict()) == given
-    assert given.resolve(4).at_budget(0.4).values == (0.8, 0.5, 0.3, 0.2)
+    assert given.resolve(4).at_budget(0.4, 64).values == (0.8, 0.5, 0.3, 0.2)
     with pytest.raises(ValueError, match="there are 5"):
         given.resolve(5)
 
@@ -405,6 +405,10 @@ def test_one_checkpoint_many_budgets(tmp_path):
         with pytest.raises(ValueError, match="budget"):
             again.set_budget(wrong)
     assert again.config.pruning.values == (1.0, 1.0)
+    again.set_pruning(replace(pruning, budgets=BUDGETS[:2]))
+    for macs, values in [(0.6, (0.7, 0.5)), (0.8, (0.85, 0.75)), (1.0, (1.0, 1.0))]:  # at 1 nothing is pruned
+        again.set_budget(macs)
+        assert again.config.pruning.values == pytest.approx(values)
     again.set_pruning(None)
     with pytest.raises(ValueError, match=r"budget \(0.5\) needs a pruning with budgets"):
         again.set_budget(0.5)

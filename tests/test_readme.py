@@ -35,7 +35,7 @@ SHORT = {
     "run_push.py": "",
 }
 ELSEWHERE = {
-    "accelerate": "several processes: tests/test_finetune.py and tests/test_predict.py start two",
+    "accelerate": "several processes: tests/test_token_prune_trainer.py and tests/test_predict.py start two",
     "python3": "an environment of its own: .ci/run",
     "run_quickstart.py": "trains for minutes: .ci/run",
     "run_comparison.py": "trains for hours: tests/test_comparison.py",

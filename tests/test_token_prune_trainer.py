@@ -186,7 +186,7 @@ def test_a_sandwich_is_the_full_model_the_smallest_and_a_random_one(tmp_path):
     whole = model(**inputs)
     expected, differences = whole.loss, []
     for macs in (0.5, random.Random(f"{trainer.args.seed}/0").uniform(0.5, 0.9)):
-        model.set_pruning(start.at_budget(macs))
+        model.set_pruning(start.at_budget(macs, 64))
         differences.append(kl_to_teacher(model(**inputs).logits, whole.logits, 1.0))
     assert min(differences) > 0
     torch.testing.assert_close(loss, expected + sum(differences))
@@ -383,6 +383,12 @@ def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):
     other.vocab_size = 60
     with pytest.raises(ValueError, match=r"the teacher's vocab_size \(60\) must be the student's \(50\)"):
         trainer_for(TOP_K, tmp_path, teacher=tiny.build(tiny.Case(TEXT.native, other)))
+    other = copy.deepcopy(TEXT.config)
+    other.hidden_size = 16
+    narrow = tiny.build(tiny.Case(TEXT.native, other))
+    trainer_for(TOP_K, tmp_path, teacher=narrow, distillation_weight=1.0)  # logits have no width
+    with pytest.raises(ValueError, match=r"the teacher's hidden_size \(16\) must be the student's \(32\)"):
+        trainer_for(TOP_K, tmp_path, teacher=narrow, token_distillation_weight=1.0)
     with pytest.raises(ValueError, match="without a teacher"):
         trainer_for(TOP_K, tmp_path, distillation_weight=0.5)
     with pytest.raises(ValueError, match=r"sandwich_samples \(1\) needs budgets"):
@@ -440,7 +446,7 @@ sys.path.insert(0, {tests!r})
 from test_token_prune_trainer import BUDGET, trainer_for
 torch.manual_seed(0)
 trainer = trainer_for(BUDGET, {folder!r}, per_device_train_batch_size=3, max_steps=6, pruner_learning_rate=0.1,
-                      per_device_eval_batch_size=5, budget_samples=12)
+                      per_device_eval_batch_size=5, budget_samples=12, gradient_checkpointing={checkpointing})
 trainer.train()
 scores = trainer.evaluate()
 weights = [parameter.detach().double().sum() for parameter in trainer.model.parameters()]
@@ -458,9 +464,10 @@ os._exit(0)  # threads of gloo sometimes abort an interpreter that is shutting d
 """
 
 
-def test_two_processes_learn_the_same_and_evaluate_as_one(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_processes_learn_the_same_and_evaluate_as_one(checkpointing, tmp_path):
+    script, names = tmp_path / "train.py", {"folder": str(tmp_path), "checkpointing": checkpointing}
+    script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent), **names)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from methods import METHODS, pruned
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
@@ -100,6 +101,19 @@ def test_the_loss_falls(case, pruning, tmp_path):
     trainer.train()
     assert len(losses(trainer)) == 25
     assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_two_steps(name, tmp_path):
+    case = tiny.cases(tiny.LEARNING_HEADS)[0]
+    model = pruned(pruned_model(case, "none"), METHODS[name])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = trainer_for(model, rows_for(case), tmp_path, max_steps=2)
+    trainer.train()
+    assert len(losses(trainer)) == 2 and np.isfinite(losses(trainer)).all()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    moved = [not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters()]
+    assert sum(moved) > 0.8 * len(moved)  # all but predictors whose ranks have no gradient
 
 
 @pytest.mark.parametrize("case", tiny.HEADS)

@@ -47,14 +47,14 @@ class Prunable(ModelRepository):
         self.base_model.fit_pruner()
 
     def set_budget(self, macs: float) -> None:
-        """Switches to the values that cost this MAC ratio, between the budgets that the pruning carries.
+        """Switches to the values that cost this MAC ratio, between those of the pruning's budgets; 1: nothing pruned.
 
         Raises:
             ValueError: a pruning without budgets, or a ratio that none of them reaches; the old values stay.
         """
         if self.config.pruning is None:
             raise ValueError(f"budget ({macs!r}) needs a pruning with budgets, and this model has none")
-        self.set_pruning(self.config.pruning.at_budget(macs))
+        self.set_pruning(self.config.pruning.at_budget(macs, self.base_model.longest_input))
 
     def settle_pruning(self) -> None:
         """Ends the training of a pruning: what was learned becomes the values of its sites, without parameters."""
@@ -366,6 +366,9 @@ class TokenPruneHead(Prunable):
 
     output_class: type
     reads_first_token_only = False
+    # What objectives add, and some native losses, know no `num_items_in_batch`: without this, Trainer would take them
+    # for divided by it, and count them once for every accumulated batch.
+    accepts_loss_kwargs = False
 
     def run_head(self, native_forward: Callable, output_token_trace: bool | None, **inputs: Any) -> Any:
         """The native head's forward over our base model, its output with the trace.

@@ -184,8 +184,6 @@ class TokenPruneBertForSequenceClassification(TokenPruneHead, BertForSequenceCla
     config_class = TokenPruneBertConfig
     output_class = TokenPruneSequenceClassifierOutput
     reads_first_token_only = True
-    # The native loss ignores `num_items_in_batch`; without this, Trainer would not divide by the accumulation steps.
-    accepts_loss_kwargs = False
 
     def __init__(self, config: TokenPruneBertConfig):
         BertPreTrainedModel.__init__(self, config)
@@ -226,7 +224,6 @@ class TokenPruneBertForTokenClassification(TokenPruneHead, BertForTokenClassific
 
     config_class = TokenPruneBertConfig
     output_class = TokenPruneTokenClassifierOutput
-    accepts_loss_kwargs = False  # as above
 
     def __init__(self, config: TokenPruneBertConfig):
         BertPreTrainedModel.__init__(self, config)

@@ -40,8 +40,8 @@ def check_budgets(budgets: Any, stages: Sequence[PruningStage]) -> Budgets:
     return tuple(checked)
 
 
-def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage]) -> tuple[float, ...]:
-    """One value per site at a MAC ratio between those of the budgets.
+def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage], length: int) -> tuple[float, ...]:
+    """One value per site at a MAC ratio between those of the budgets, and of 1: nothing pruned of `length` tokens.
 
     Raises:
         ValueError: no budgets, or a ratio that none of them reaches.
@@ -51,11 +51,14 @@ def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage]) -> 
         raise ValueError(f"budget ({macs}) needs a pruning with budgets=[[MAC ratio, [one value per site]], ...]")
     if not budgets[0][0] <= macs <= 1.0:
         raise ValueError(f"budget ({macs}) must be in [{budgets[0][0]}, 1]: the smallest that the pruning carries")
-    if macs >= budgets[-1][0]:
-        return budgets[-1][1]
+    rules, (highest, dearest) = site_rules(stages), budgets[-1]
+    if highest < 1.0:
+        budgets = *budgets, (1.0, tuple(eased(rule, value, 0.0, length) for rule, value in zip(rules, dearest)))
+    if len(budgets) == 1:
+        return dearest
     (low, cheap), (high, dear) = next(pair for pair in pairwise(budgets) if pair[0][0] <= macs <= pair[1][0])
     progress = (high - macs) / (high - low)
-    return tuple(_between(rule, *pair, progress) for rule, *pair in zip(site_rules(stages), dear, cheap))
+    return tuple(_between(rule, *pair, progress) for rule, *pair in zip(rules, dear, cheap))
 
 
 def falling(rules: Sequence[str], values: Sequence[float]) -> list[float]:

@@ -202,13 +202,16 @@ class PruningConfig:
         sites = zip(site_rules(self.stages), self.values)
         return self.with_values([eased(rule, value, progress, length) for rule, value in sites])
 
-    def at_budget(self, macs: float) -> "PruningConfig":
-        """The values that cost this MAC ratio, interpolated between neighbouring `budgets`.
+    def at_budget(self, macs: float, length: int) -> "PruningConfig":
+        """The values that cost this MAC ratio, interpolated between neighbouring `budgets`; at 1 nothing is pruned.
+
+        Args:
+            length: tokens of the longest input.
 
         Raises:
             ValueError: no budgets, or a ratio that none of them reaches.
         """
-        return self.with_values(values_at(self.budgets, macs, self.stages))
+        return self.with_values(values_at(self.budgets, macs, self.stages, length))
 
     @classmethod
     def coerce(cls, value: Any, num_layers: int | None = None) -> "PruningConfig | None":

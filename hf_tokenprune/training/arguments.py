@@ -65,6 +65,12 @@ class TokenPruneTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None and not (self.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            # The hard phase leaves masks unused. `Trainer` would not look for them when layers are recomputed, which
+            # is a bar to reentrant checkpointing alone.
+            self.ddp_find_unused_parameters = True
         for name in ("keep_rate_warmup_start", "keep_rate_warmup_end", "soft_share", "budget_warmup"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
         samples = ("sandwich_samples", "budget_samples", "prior_samples")

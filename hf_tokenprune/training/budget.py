@@ -4,9 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from scipy.optimize import brentq
+from transformers.utils import logging
 
 from ..modeling.pruning_config import PruningConfig
 
+
+logger = logging.get_logger(__name__)
 
 OCTAVES = 6.0  # of thresholds, up and down
 CLOSE = 0.002
@@ -54,23 +57,34 @@ def check_reach(pruning: PruningConfig, target: float, ratio_at: Callable[[Pruni
 
 
 def with_budgets(
-    pruning: PruningConfig, targets: Sequence[float], ratio_at: Callable[[PruningConfig], float], length: int
+    pruning: PruningConfig,
+    targets: Sequence[float],
+    ratio_at: Callable[[PruningConfig], float],
+    length: int,
+    clamp: bool = False,
 ) -> PruningConfig:
     """The pruning with `budgets`: for each MAC ratio, values on the way from nothing pruned to its own.
 
     Args:
         ratio_at: measures a pruning's MAC ratio; about eight times for each target.
         length: tokens of the longest input.
+        clamp: whether a target below what the pruning's own values cost becomes that, with a warning: a model that is
+            trained is not to be lost for it.
 
     Raises:
-        ValueError: a target below what the pruning's own values cost.
+        ValueError: such a target, without `clamp`.
     """
     plain = replace(pruning, budgets=(), objective=None)
     most, least = (ratio_at(plain.eased(progress, length)) for progress in (0.0, 1.0))
+    if min(targets) < least - CLOSE:
+        rule = f"must be at least {least:.3f}: what the pruning's own values cost"
+        if not clamp:
+            raise ValueError(f"a budget ({min(targets)}) {rule}")
+        below = sorted(target for target in set(targets) if target < least - CLOSE)
+        logger.warning(f"budgets ({below}) {rule} after training; {least:.3f} takes their place")
+        targets = [max(target, least) for target in targets]
     budgets = []
     for target in sorted(set(targets)):
-        if target < least - CLOSE:
-            raise ValueError(f"a budget ({target}) must be at least {least:.3f}: what the pruning's own values cost")
 
         def excess(progress: float, target: float = target) -> float:
             off = ratio_at(plain.eased(progress, length)) - target

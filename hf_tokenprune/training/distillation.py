@@ -39,12 +39,12 @@ def kept_token_mse(student: torch.Tensor, teacher: torch.Tensor, state: TokenSta
     return (left * errors).sum() / left.sum().clamp(min=1e-6)
 
 
-def check_teacher(student: Any, teacher: Any) -> None:
-    """Raises a ValueError where the teacher's labels or vocabulary are not the student's.
+def check_teacher(student: Any, teacher: Any, states: bool) -> None:
+    """Raises a ValueError where the teacher's labels or vocabulary are not the student's, or its width.
 
-    student, teacher: model configs.
+    student, teacher: model configs. states: whether hidden states are compared, which alone asks for one width.
     """
-    for name in ("num_labels", "vocab_size"):
+    for name in ("num_labels", "vocab_size", *(["hidden_size"] if states else [])):
         ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
         if ours != theirs:
             raise ValueError(f"the teacher's {name} ({theirs!r}) must be the student's ({ours!r})")

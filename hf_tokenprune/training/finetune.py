@@ -143,10 +143,21 @@ def prepare(
 ) -> tuple[datasets.DatasetDict, PreTrainedTokenizerBase | BaseImageProcessor, Callable]:
     """What the model takes, what makes it, and what makes batches of it."""
     if arguments.image_column is not None:
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        processor = load_processor(source, arguments.image_size)
         return read_images(splits, processor, arguments.image_size), processor, default_data_collator
     tokenizer = AutoTokenizer.from_pretrained(source)
     return tokenize(splits, tokenizer, arguments.max_length), tokenizer, DataCollatorWithPadding(tokenizer)
+
+
+def load_processor(source: str | Path, pixels: int | None) -> BaseImageProcessor:
+    """The processor of images, for that side if one is given: it is saved so, for those who predict."""
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    if pixels is None:
+        return processor
+    square = {"height": pixels, "width": pixels}
+    sizes = {"size": {"shortest_edge": pixels} if "shortest_edge" in (processor.size or {}) else square}
+    sizes |= {"crop_size": square} if getattr(processor, "do_center_crop", False) else {}
+    return AutoImageProcessor.from_pretrained(source, backend="pil", **sizes)
 
 
 def check_same_run(path: Path, asked: dict, last: str | None) -> None:
@@ -170,11 +181,18 @@ def _decisive(training: TokenPruneTrainingArguments) -> dict[str, Any]:
 
 
 def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> dict:
-    """Trains, tests, saves; the report."""
+    """Trains, tests, saves; the report.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: arguments that do not fit, before it trains.
+    """
     folder = Path(training.output_dir)
     last = last_whole_checkpoint(folder)
     check_same_run(folder / "run.json", asdict(arguments) | _decisive(training), last)
-    trainer = make_trainer(arguments, training)
+    try:
+        trainer = make_trainer(arguments, training)
+    except RuntimeError as error:  # what is not installed, or weights that do not fit; later ones keep their traceback
+        raise ValueError(str(error)) from error
     trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
     tested = trainer.predict(trainer.eval_dataset)
     trainer.save_model(str(folder / "model"))

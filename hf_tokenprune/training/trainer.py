@@ -1,11 +1,14 @@
 """`TokenPruneTrainer`: the stock `Trainer` with distillation, schedules, and a log of what was pruned."""
 
 import copy
+import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from ..convert import prune
+from ..files import write_atomically
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruner_modules import PREDICTORS, VALUES
 from ..modeling.pruning_config import PruningConfig
@@ -44,18 +48,22 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         - Predictions are in the data's order, grouped by length or not: padding costs nothing here.
         - With `target_macs` thresholds move together, before training and after it, until training inputs cost that.
         - After training with an objective, what was learned is in the config, and with `budgets` the values for them.
+        - Beside an adapter the pruning is saved, as `pruning.json`.
         - A checkpoint's state is written when all processes have written their part, and `resume_from_checkpoint=True`
           goes on from the last one that was written to its end, whenever the run was killed.
         - The arguments beside a model are JSON, and what is published has no pickle.
-        - Labels out of range and a loss that is not finite end the run with a sentence; checkpoints stay.
+        - Accumulated over several batches, the terms that are added to a loss of the user's own (`compute_loss_func`),
+          which `Trainer` takes for divided, are divided too.
+        - Labels out of range, and a loss or a gradient that is not finite, end the run with a sentence before weights
+          change; checkpoints stay.
 
     Args:
         teacher: an unpruned model for the distillation terms, native or ours; it is put in evaluation mode.
 
     Raises:
         TypeError: a model that is not ours.
-        ValueError: a teacher with other labels or another vocabulary, distillation without a teacher, a sandwich
-            without budgets.
+        ValueError: a teacher with other labels, vocabulary or (for its tokens) width, distillation without a teacher, a
+            sandwich without budgets.
     """
 
     args: TokenPruneTrainingArguments
@@ -76,7 +84,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
 
     def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Unpruned and in evaluation mode; a copy where the student has the same parameters, as `prune` makes it."""
-        check_teacher(self.pruned.config, teacher.config)
+        check_teacher(self.pruned.config, teacher.config, bool(self.args.token_distillation_weight))
         teacher = prune(teacher, None)
         trained = {id(parameter) for parameter in self.model.parameters()}
         if any(id(parameter) in trained for parameter in teacher.parameters()):
@@ -98,6 +106,11 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         if args.sandwich_samples and not args.budgets and (pruning is None or not pruning.budgets):
             raise ValueError(f"sandwich_samples ({args.sandwich_samples}) needs budgets, here or in the pruning")
         objective = None if pruning is None else pruning.objective
+        target = None if objective is None else objective.target_macs
+        if target is not None and min(args.budgets or [target]) < target:
+            raise ValueError(
+                f"a budget ({min(args.budgets)}) must be at least target_macs ({target}), whose values are the smallest"
+            )
         for name in ("in_place_distillation", "sandwich_samples", "keep_rate_warmup_end"):
             if getattr(args, name) and objective is not None and objective.learns_values:
                 raise ValueError(
@@ -171,23 +184,40 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                 unpruned = pruning.eased(0.0, self.pruned.base_model.longest_input)
                 self._phases.start_macs = min(1.0, measure(replace(unpruned, objective=None)))
                 self._phases.meet = meet
-        if budgets:
+        if budgets and learned is None:  # the values that an objective's target asks for are still to be learned
             self._set_budgets(measure)
         result = super().train(resume_from_checkpoint, **kwargs)
         self.pruned.settle_pruning()
+        self._settle_adapters()
         if measure is not None and target is not None:
             self.pruned.set_pruning(meet(self.pruned.config.pruning))
         if budgets:
-            self._set_budgets(measure)
+            self._set_budgets(measure, trained=True)
         return result
+
+    def _settle_adapters(self) -> None:
+        """What was learned is in the config now: adapters have no part of it to save, and need none to be loaded."""
+        pruning = self.pruned.config.pruning
+        if pruning is None or pruning.objective is not None:
+            return
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            names = getattr(adapter, "modules_to_save", None)
+            adapter.modules_to_save = [name for name in names or () if name not in VALUES] or None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        pruning = self.pruned.config.pruning
+        if self.args.should_save and self.pruned is not self.model and pruning is not None:
+            path = Path(output_dir or self.args.output_dir) / "pruning.json"  # an adapter has no model's config
+            write_atomically(path, json.dumps(pruning.to_dict(), indent=1).encode())
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
-    def _set_budgets(self, measure: Callable[[PruningConfig], float]) -> None:
-        longest = self.pruned.base_model.longest_input
-        self.pruned.set_pruning(with_budgets(self.pruned.config.pruning, self.args.budgets, measure, longest))
+    def _set_budgets(self, measure: Callable[[PruningConfig], float], trained: bool = False) -> None:
+        longest, pruning = self.pruned.base_model.longest_input, self.pruned.config.pruning
+        self.pruned.set_pruning(with_budgets(pruning, self.args.budgets, measure, longest, clamp=trained))
 
     def _fill_prior(self) -> None:
         """Every process fills the same table, from the same inputs."""
@@ -240,6 +270,16 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaler = self.accelerator.scaler  # of float16: it leaves such a step out, and scales the next one less
+        if norm is not None and (scaler is None or not scaler.is_enabled()) and not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient's norm ({float(norm)}) at step {self.state.global_step} must be finite: a lower "
+                "learning rate, or other data; the checkpoints that were saved are as they were"
+            )
+        return norm
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
@@ -269,11 +309,12 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                 self.pruned.set_pruning(pupil)
                 call = EncoderCall(work=True)
                 logits = model(**unlabelled, encoder_call=call)["logits"]
-                loss = loss + kl_to_teacher(
+                difference = kl_to_teacher(
                     logits, whole["logits"], self.args.distillation_temperature, self._counted(inputs, logits)
                 )
+                loss = loss + self._share * difference
                 more = self.pruned.base_model.pruning_loss(call)
-                loss = loss if more is None else loss + more
+                loss = loss if more is None else loss + self._share * more
                 self.work.add(call, self.pruned.config)
         finally:
             self.pruned.set_pruning(pruning)
@@ -286,7 +327,8 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             return [pruning] if self.args.in_place_distillation else []
         least, most = (pruning.budgets[end][0] for end in (0, -1))
         chance = random.Random(f"{self.args.seed}/{self.state.global_step}")
-        return [pruning.at_budget(macs) for macs in (least, *(chance.uniform(least, most) for _ in range(samples)))]
+        drawn, longest = (chance.uniform(least, most) for _ in range(samples)), self.pruned.base_model.longest_input
+        return [pruning.at_budget(macs, longest) for macs in (least, *drawn)]
 
     def _student_loss(
         self, model: nn.Module, inputs: dict[str, Any], items: Any
@@ -297,7 +339,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, items)
         if outputs.get("loss") is None:  # a loss of the Trainer's own knows nothing of the pruning's
             more = self.pruned.base_model.pruning_loss(call)
-            loss = loss if more is None else loss + more
+            loss = loss if more is None else loss + self._share * more
         if not args.distillation_weight and not tokens:
             return loss, outputs, call
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
@@ -305,13 +347,18 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             taught = self.teacher(**unlabelled, output_hidden_states=tokens)
         if args.distillation_weight:
             counted = self._counted(inputs, outputs["logits"])
-            loss = loss + args.distillation_weight * kl_to_teacher(
-                outputs["logits"], taught["logits"], args.distillation_temperature, counted
-            )
+            difference = kl_to_teacher(outputs["logits"], taught["logits"], args.distillation_temperature, counted)
+            loss = loss + self._share * args.distillation_weight * difference
         if tokens:
             mse = kept_token_mse(outputs["hidden_states"][-1], taught["hidden_states"][-1], call.end)
-            loss = loss + args.token_distillation_weight * mse
+            loss = loss + self._share * args.token_distillation_weight * mse
         return loss, outputs, call
+
+    @property
+    def _share(self) -> float:
+        """Of what is added to a batch's loss, where `Trainer` does not divide that by the accumulated batches."""
+        batches = getattr(self, "current_gradient_accumulation_steps", 1)
+        return 1.0 if self.compute_loss_func is None else 1.0 / batches
 
     def _counted(self, inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor | None:
         """Which tokens have logits that count; None: logits are of samples."""

@@ -1,0 +1,74 @@
+"""Gradients of what a student learns from a teacher, against their equations."""
+
+import random
+
+import pytest
+import torch
+from test_token_prune_trainer import SANDWICH, TOP_K, native_model, rows_of, trainer_for
+
+from hf_tokenprune import prune
+from hf_tokenprune.modeling.token_outputs import EncoderCall
+from hf_tokenprune.training.distillation import kept_token_mse, kl_to_teacher
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_kl(tokens):
+    student, teacher = (drawn(*((2, 4, 3) if tokens else (5, 3)), seed=seed) for seed in (0, 1))
+    counted = torch.tensor([[True] * 4, [True, True, False, False]]) if tokens else None
+    kl_to_teacher(student, teacher, 3.0, counted).backward()
+    with torch.no_grad():
+        expected = 3.0 * ((student / 3).softmax(-1) - (teacher / 3).softmax(-1))
+        expected = expected * counted[..., None] / 6 if tokens else expected / 5
+    torch.testing.assert_close(student.grad, expected)
+    assert teacher.grad is None
+
+
+def test_mse_of_kept_tokens():
+    call, model = EncoderCall(trace=True), prune(native_model(), TOP_K)
+    with torch.no_grad():
+        model(**tiny_inputs(), encoder_call=call)
+    student, teacher = (drawn(2, 13, 4, seed=seed) for seed in (0, 1))
+    kept_token_mse(student, teacher, call.end).backward()
+    kept = call.end.carrier >= 0
+    assert 0 < kept.sum() < 19
+    with torch.no_grad():
+        expected = 2 * (student - teacher) * kept[..., None] / (4 * kept.sum())
+    torch.testing.assert_close(student.grad, expected)
+    assert teacher.grad is None
+
+
+def tiny_inputs() -> dict[str, torch.Tensor]:
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"input_ids": torch.arange(1, 27).view(2, 13) * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("how", ["in_place", "sandwich"])
+def test_the_unpruned_model_learns_from_labels_alone(how, tmp_path):
+    pruning = TOP_K if how == "in_place" else SANDWICH
+    own = {"in_place_distillation": True} if how == "in_place" else {"sandwich_samples": 1}
+    trainer = trainer_for(pruning, tmp_path, distillation_temperature=2.0, **own)
+    model = trainer.model.train()
+    inputs = {name: torch.stack([row[name] for row in rows_of()[:5]]) for name in rows_of()[0]}
+    trainer.compute_loss(model, dict(inputs)).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    start = model.config.pruning
+    chance = random.Random(f"{trainer.args.seed}/0").uniform(0.5, 0.9)
+    pupils = [start] if how == "in_place" else [start.at_budget(macs, 64) for macs in (0.5, chance)]
+    model.set_pruning(None)
+    whole = model(**inputs)
+    whole.loss.backward()
+    wanted = (whole.logits.detach() / 2).softmax(-1)
+    for pupil in pupils:
+        model.set_pruning(pupil)
+        given = (model(**inputs).logits / 2).softmax(-1)
+        (4 * (wanted * (wanted / given).log()).sum(-1).mean()).backward()
+    scale = max(gradient.abs().max().item() for gradient in found.values())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-5 * scale, msg=name)
