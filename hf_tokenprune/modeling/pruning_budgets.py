@@ -54,8 +54,8 @@ def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage], len
     rules, (highest, dearest) = site_rules(stages), budgets[-1]
     if highest < 1.0:
         budgets = *budgets, (1.0, tuple(eased(rule, value, 0.0, length) for rule, value in zip(rules, dearest)))
-    if len(budgets) == 1:
-        return dearest
+    if macs in (known := dict(budgets)):
+        return known[macs]
     (low, cheap), (high, dear) = next(pair for pair in pairwise(budgets) if pair[0][0] <= macs <= pair[1][0])
     progress = (high - macs) / (high - low)
     return tuple(_between(rule, *pair, progress) for rule, *pair in zip(rules, dear, cheap))
