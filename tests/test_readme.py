@@ -141,7 +141,10 @@ def front_table() -> list[tuple[list[str], dict[str, dict], dict]]:
         comparison = evidence(card[1]) if card else comparison
         runs = {row["run"]: row for row in comparison["quality"]}
         own = re.search(r"`(.+?)`", cells[0])
-        runs["pruned"] = runs[own[1]] if own else runs["pruned"]
+        if own:  # its truncation has its name
+            runs |= {
+                name: runs[run] for name in ("pruned", "truncated") if (run := own[1].replace("pruned", name)) in runs
+            }
         apart = re.search(r"\(model_cards/evidence/([\w-]+)\.json\)", cells[2])
         assert bool(own) == bool(apart)  # another run than the one that the comparison timed
         timed = evidence(apart[1])["rows"] if apart else comparison["speed"]["rows"]
