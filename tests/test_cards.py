@@ -169,10 +169,11 @@ def test_use_is_as_the_card_says(tmp_path):
     for recipe in RECIPES:
         _, about, evidence = card(recipe)
         images = about["pipeline_tag"] == "image-classification"
+        native = "Dinov2ForImageClassification" if images else "BertForSequenceClassification"
+        if native not in cases:  # the model of this card needs a later transformers
+            continue
         (block,) = re.findall(r"^```python\n(.*?)^```$", made_text(recipe), flags=re.MULTILINE | re.DOTALL)
         (folder,) = re.findall(r'^name = "(.*)"$', block, flags=re.MULTILINE)
-        natives = ("Dinov2ForImageClassification", "ViTForImageClassification")
-        native = next(name for name in natives if name in cases) if images else "BertForSequenceClassification"
         model = prune(tiny.build(cases[native]), evidence["prunings"][0])
         if "token_prior" in {site.saliency for site in model.config.pruning.sites.values()}:
             model.base_model.set_token_prior(torch.linspace(1, 2, tiny.VOCABULARY))  # training fills it
