@@ -37,7 +37,7 @@ SHORT = {
 ELSEWHERE = {
     "accelerate": "several processes: tests/test_token_prune_trainer.py and tests/test_predict.py start two",
     "python3": "an environment of its own: .ci/run",
-    "run_quickstart.py": "trains for minutes: .ci/run",
+    "run_quickstart.py": "trains for minutes: .ci/run runs it, fast, on its own data",
     "run_comparison.py": "trains for hours: tests/test_comparison.py",
 }
 

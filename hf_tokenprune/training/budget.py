@@ -7,13 +7,14 @@ from scipy.optimize import brentq
 from transformers.utils import logging
 
 from ..modeling.pruning_config import PruningConfig
+from ..modeling.pruning_objective import OBJECTIVES
 
 
 logger = logging.get_logger(__name__)
 
 OCTAVES = 6.0  # of thresholds, up and down
 CLOSE = 0.002
-THRESHOLDS = frozenset({"threshold", "relative_threshold", "median_threshold"})  # rules whose values are these
+THRESHOLDS = frozenset(OBJECTIVES["budget"].rules)  # rules whose values are these
 HIGHEST = 1e6  # of a threshold: no score reaches it
 
 
