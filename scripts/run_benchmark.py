@@ -50,9 +50,13 @@ MODELS = {
     "deit-s": (ViTForImageClassification, ViTConfig(intermediate_size=1536, **SMALL), [3, 6, 9]),
     "dinov2-s": (Dinov2ForImageClassification, Dinov2Config(image_size=224, **SMALL), [3, 6, 9]),
 }
-BATCHES = (1, 8, 32)
 LENGTHS = (16, 128, 512)
-RAGGED = {"8 texts of 32, 64 ... 256": list(range(32, 257, 32)), "32 texts of 16 ... 512": list(range(16, 513, 16))}
+COMPILED = {"compiled": {"dynamic": True}, "graphs": {"mode": "reduce-overhead", "dynamic": False}}
+RAGGED = {
+    "8 texts of 32, 64 ... 256": list(range(32, 257, 32)),
+    "32 texts of 16 ... 512": list(range(16, 513, 16)),
+    "128 texts of 4 ... 512": list(range(4, 513, 4)),
+}
 
 
 @dataclass
@@ -63,10 +67,17 @@ class BenchmarkArguments:
     seconds_per_point: float = field(default=30.0, metadata={"help": "after so long no further round is begun"})
     most_tokens: int = field(default=10**9, metadata={"help": "points of more tokens in a batch are left out"})
     device: str = "cpu"
-    half_precision: bool = field(default=True, metadata={"help": "bfloat16, too, at batch 8 (length 128)"})
+    batches: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "inputs of a batch"})
+    dtypes: list[str] = field(
+        default_factory=lambda: ["float32", "bfloat16"],
+        metadata={"help": "of the whole grid; further ones, measured at the second batch size (length 128)"},
+    )
     runtimes: list[str] = field(
         default_factory=lambda: ["eager", "compiled", "onnx"],
-        metadata={"help": "further ways to run, measured at batch 1 and 8 (length 128): of eager, compiled, onnx"},
+        metadata={
+            "help": "further ways to run, at the first two batch sizes (length 128): of eager, compiled, onnx, graphs, "
+            "which are CUDA graphs of what is compiled for one shape"
+        },
     )
     output_file: str = "outputs/engine.json"
 
@@ -78,7 +89,7 @@ class Point:
     model: str
     batch: str
     lengths: tuple[int, ...]
-    dtype: str = "float32"
+    dtype: str
     runtime: str = "sdpa"
 
     @property
@@ -91,7 +102,9 @@ def main() -> None:
     unknown = sorted(set(arguments.models) - set(MODELS))
     if unknown:
         raise SystemExit(f"unknown models {unknown}; known: {', '.join(MODELS)}")
-    report = {"machine": describe_machine(arguments.device), "keep_rate": arguments.keep_rate, "rows": []}
+    dtype = arguments.dtypes[0]
+    report = {"machine": describe_machine(arguments.device) | {"dtype": dtype}, "keep_rate": arguments.keep_rate}
+    report["rows"] = []
     path = Path(arguments.output_file)
     if path.exists() and {**json.loads(path.read_text()), "rows": []} == report:
         report = json.loads(path.read_text())
@@ -101,7 +114,7 @@ def main() -> None:
             if point.name not in done and sum(point.lengths) <= arguments.most_tokens:
                 report["rows"].append(measure(point, arguments))
                 write_atomically(path, json.dumps(report, indent=1).encode())
-    text = f"{table(report['rows'])}\n\n{summary(report['rows'])}\n"
+    text = f"{table(report['rows'], dtype)}\n\n{summary(report['rows'], dtype)}\n"
     write_atomically(path.with_suffix(".md"), text.encode())
     print(text)
 
@@ -110,16 +123,22 @@ def grid(model: str, arguments: BenchmarkArguments) -> list[Point]:
     text = MODELS[model][0] is BertForSequenceClassification
     typical = "x 128" if text else "images"
 
-    def point(batch: int, **how: str) -> Point:
-        return Point(model, f"{batch} {typical}", (128,) * batch, **how)
+    first, *others = arguments.dtypes
+    batches = arguments.batches
+
+    def point(batch: int, dtype: str = first, **how: str) -> Point:
+        return Point(model, f"{batch} {typical}", (128,) * batch, dtype, **how)
 
     if text:
-        points = [Point(model, f"{batch} x {length}", (length,) * batch) for batch in BATCHES for length in LENGTHS]
-        points += [Point(model, batch, tuple(lengths)) for batch, lengths in RAGGED.items()]
+        points = [
+            Point(model, f"{batch} x {length}", (length,) * batch, first) for batch in batches for length in LENGTHS
+        ]
+        ragged = {name: tuple(lengths) for name, lengths in RAGGED.items() if len(lengths) <= max(batches)}
+        points += [Point(model, name, lengths, first) for name, lengths in ragged.items()]
     else:
-        points = [point(batch) for batch in BATCHES]
-    points += [point(8, dtype="bfloat16")] * arguments.half_precision
-    return points + [point(batch, runtime=runtime) for runtime in arguments.runtimes for batch in (1, 8)]
+        points = [point(batch) for batch in batches]
+    points += [point(batches[:2][-1], dtype) for dtype in others]
+    return points + [point(batch, runtime=runtime) for runtime in arguments.runtimes for batch in batches[:2]]
 
 
 def measure(point: Point, arguments: BenchmarkArguments) -> dict:
@@ -138,8 +157,9 @@ def measure(point: Point, arguments: BenchmarkArguments) -> dict:
         calls = {name: runner(model, inputs, point.runtime, folder + name) for name, model in models.items()}
         if len(set(point.lengths)) > 1 and len(point.lengths) > 8:
             calls["padded, sorted"] = sorted_by_length(stock, inputs, point.lengths)
-        if point.runtime in ("compiled", "onnx"):
-            for call in calls.values():  # compiles
+        if point.runtime in (*COMPILED, "onnx"):
+            for call in calls.values():  # compiles, and records graphs
+                call()
                 call()
         row["peak_memory"] = {name: peak_memory(call, device) for name, call in calls.items()}
         timings = time_interleaved(
@@ -165,19 +185,19 @@ def batch_of(point: Point, config: object, dtype: torch.dtype) -> Inputs:
 
 
 def sorted_by_length(stock: PreTrainedModel, inputs: Inputs, lengths: tuple[int, ...]) -> Callable[[], None]:
-    """The stock model on the same texts, sorted and cut into batches of eight, each padded to its own longest."""
+    """The stock model on the same texts, sorted and cut into four batches, each padded to its own longest."""
     order = inputs["attention_mask"].sum(dim=1).argsort()
     batches = []
-    for rows in order.split(8):
+    for rows in order.split(len(lengths) // 4):
         longest = int(inputs["attention_mask"][rows].sum(dim=1).max())
         batches.append({name: x[rows, :longest] for name, x in inputs.items()})
     return lambda: [stock(**batch) for batch in batches] and None
 
 
 def runner(model: PreTrainedModel, inputs: Inputs, runtime: str, folder: str) -> Callable[[], object]:
-    if runtime == "compiled":
+    if runtime in COMPILED:
         torch._dynamo.reset()
-        compiled = torch.compile(model, dynamic=True)
+        compiled = torch.compile(model, **COMPILED[runtime])
         return lambda: compiled(**inputs)
     if runtime != "onnx":
         return lambda: model(**inputs)
@@ -211,7 +231,7 @@ def figures(timings: dict[str, Timing], macs: object) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], dtype: str) -> str:
     lines = [
         "| shape | padded, ms | unpadded, ms | pruned, ms | unpadded over padded | pruned over padded | pruned over "
         "unpadded | MACs saved | realised | peak MB padded / unpadded / pruned | rounds |",
@@ -223,7 +243,7 @@ def table(rows: list[dict]) -> str:
         peaks = " / ".join(f"{row['peak_memory'][name] / 1e6:.1f}" for name in ("padded", "unpadded", "pruned"))
         peaks = "" if row["runtime"] == "onnx" else peaks
         lines.append(
-            f"| {row['name'].removesuffix(', float32, sdpa')} | {shown} | {row['unpadded_over_padded']:.2f}x | "
+            f"| {row['name'].removesuffix(f', {dtype}, sdpa')} | {shown} | {row['unpadded_over_padded']:.2f}x | "
             f"{row['pruned_over_padded']:.2f}x (>= {row['pruned_over_padded_bound']:.2f}) | "
             f"{row['pruned_over_unpadded']:.2f}x | {row['macs']['lossless'] / row['macs']['total']:.2f}x | "
             f"{row['realised']:.2f} | {peaks} | {row['rounds']} |"
@@ -231,9 +251,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def summary(rows: list[dict]) -> str:
-    """What the engine promises, over the points in float32 through SDPA."""
-    plain = [row for row in rows if row["dtype"] == "float32" and row["runtime"] == "sdpa"]
+def summary(rows: list[dict], dtype: str) -> str:
+    """What the engine promises, over the points of the grid, through SDPA."""
+    plain = [row for row in rows if row["dtype"] == dtype and row["runtime"] == "sdpa"]
     large = [row for row in plain if row["samples"] >= 8]
     lines = [f"largest logit difference with nothing pruned: {max(r['unpadded_logit_difference'] for r in plain):.1e}"]
     if large:

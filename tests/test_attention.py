@@ -4,11 +4,14 @@ import inspect
 
 import pytest
 import torch
-from tiny import BERT
+from methods import METHODS, pruned
+from test_objectives import PRUNINGS as OBJECTIVES
+from test_objectives import TEXT, soft_model
+from tiny import BERT, build, text_inputs
 from torch.nn.attention import varlen
 from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
 
-from hf_tokenprune.modeling import token_attention
+from hf_tokenprune.modeling import saliency, token_attention, token_layer
 from hf_tokenprune.modeling.token_attention import AttentionKernel, attend, attend_by_padding
 from hf_tokenprune.modeling.token_layout import PackedRows
 
@@ -59,3 +62,45 @@ def test_the_varlen_call(query_lengths, key_lengths, scaling, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", naive_varlen)
     case = packed(query_lengths, key_lengths)
     torch.testing.assert_close(token_attention._varlen(kernel(scaling), *case), attend(kernel(scaling), *case)[0])
+
+
+@pytest.fixture
+def like_an_accelerator(monkeypatch):
+    """Lets the CPU go those ways from the call on."""
+
+    def switch() -> None:
+        for module in (saliency, token_attention, token_layer):
+            monkeypatch.setattr(module, "on_cpu", lambda x: False)
+
+    return switch
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ragged_batches(method, like_an_accelerator):
+    model, inputs = pruned(build(TEXT), METHODS[method]), text_inputs([17, 5, 30, 1], padding=2)
+    runs = []
+    for _ in range(2):
+        with torch.no_grad():
+            runs.append(model(**inputs, output_token_trace=True))
+        like_an_accelerator()
+    expected, found = runs
+    assert torch.equal(found.token_trace.source, expected.token_trace.source)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ragged_batches_under_an_objective(name, like_an_accelerator):
+    model, inputs = soft_model(TEXT, OBJECTIVES[name]), text_inputs([17, 9, 23], padding=2)
+    parameters, runs = list(model.parameters()), []
+    for _ in range(2):
+        torch.manual_seed(0)  # of drawn masks
+        loss = model(**inputs, labels=torch.tensor([0, 2, 1])).loss
+        runs.append((loss, torch.autograd.grad(loss, parameters, allow_unused=True)))
+        like_an_accelerator()
+    (expected, gradients), (found, others) = runs
+    torch.testing.assert_close(found, expected)
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients) > 20
+    for ours, theirs in zip(gradients, others):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-7)

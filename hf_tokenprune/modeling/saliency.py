@@ -14,7 +14,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .selection import GRID, Scores, best_rows
-from .token_layout import Layout, PackedRows, gather_rows, parted, shapes_only
+from .token_layout import Layout, PackedRows, gather_rows, on_cpu, parted, shapes_only
 from .token_state import TokenState
 
 
@@ -58,7 +58,7 @@ def _first_token_logits(query: torch.Tensor, key: torch.Tensor, keys: Layout, he
         # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast.
         return (_wide(key) * query).unflatten(-1, (heads, -1)).sum(dim=-1)
 
-    if keys.full or key.is_cuda or not isinstance(keys, PackedRows):
+    if keys.full or not on_cpu(key) or not isinstance(keys, PackedRows):
         return product(query[:, None], keys.spread(key))
     samples = zip(query[:, None, None], key.split(keys.lengths, dim=1))
     return keys.spread(torch.cat([product(*sample) for sample in samples], dim=1))
@@ -97,7 +97,7 @@ def received_scores(
         if alive is not None:
             weights = weights.masked_fill(~alive[:, :, None], 0.0)
         if votes is not None:
-            weights = weights * (parts[-1] / parts[-1].sum(dim=1, keepdim=True))[:, :, None]
+            weights = weights * _shares(parts[-1], alive)[:, :, None]
             return weights.sum(dim=1) if diagonal else _shares(weights.sum(dim=1) - _diagonal(weights), alive)
         if not diagonal:
             return _shares(weights.sum(dim=1) - _diagonal(weights), alive)
@@ -328,7 +328,7 @@ def _scores(score: Callable[..., torch.Tensor], rows: Layout, *x: torch.Tensor, 
             return score(everyone, None, *map(rows.spread, x))
         if alone and not isinstance(rows, PackedRows):
             return _scores_alone(score, rows.alive, *map(rows.spread, x))
-        if not isinstance(rows, PackedRows) or (x[0].is_cuda and not alone):
+        if not isinstance(rows, PackedRows) or not (alone or on_cpu(x[0])):
             return score(everyone, rows.alive, *map(rows.spread, x))
         runs = rows.runs(rows)
         given = zip(*(parted(part, runs, "keys") for part in x))

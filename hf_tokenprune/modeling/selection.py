@@ -280,6 +280,8 @@ def _arranged(best: torch.Tensor, scores: Scores, drop: bool, there: torch.Tenso
         place = best
     else:
         return best
+    if place is best and there is None:
+        return best.sort(dim=1).values
     if there is not None:
         place = torch.where(there, place, place + _BEHIND)
     return best.gather(1, place.argsort(dim=1))

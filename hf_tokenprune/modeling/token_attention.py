@@ -6,6 +6,7 @@ call serves the batch where there is such a kernel, and rows are padded for the 
 Shapes: B samples, K rows, T alive tokens of the batch, H heads, d features of a head, A = H * d.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_layout import Layout, MaskedRows, PackedRows, Run, named, parted
+from .token_layout import Layout, MaskedRows, PackedRows, Run, named, on_cpu, parted
 
 
 class AttentionKernel(NamedTuple):
@@ -116,7 +117,7 @@ def _attend_packed(
         mask = None if bias is None else kernel.mask(query, key, None, keys.spread(bias))
         context, weights = kernel(query, key, value, mask)
         return context.view(1, queries.tokens, -1), [] if weights is None else [weights]
-    if query.is_cuda and kernel.name == "sdpa":
+    if not on_cpu(query) and kernel.name == "sdpa":
         if bias is None and has_varlen(query) and not (kernel.module.training and kernel.dropout):
             with named("attention by torch's variable lengths"):
                 return _varlen(kernel, query, key, value, queries, keys), []
@@ -156,10 +157,13 @@ def attend_by_padding(
     keys: PackedRows,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Packed rows through one padded call: the attention alone pays for padding. Returns the context [1, T, A]."""
+    """Packed rows through one padded call of SDPA: the attention alone pays for padding. Returns the context
+    [1, T, A]."""
     query, key, value = queries.spread(query), keys.spread(key), keys.spread(value)
-    bias = None if bias is None else keys.spread(bias)
-    context, _ = kernel(query, key, value, kernel.mask(query, key, keys.alive, bias))
+    mask = keys.alive[:, None, None, :]  # transformers' own would wait for the device, to see if it is all True
+    if bias is not None:
+        mask = kernel.mask(query, key, keys.alive, keys.spread(bias))
+    context, _ = kernel(query, key, value, mask)
     return context.flatten(2).flatten(0, 1).index_select(0, queries.cells)[None]
 
 
@@ -194,7 +198,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     # The kernel scales by 1 / sqrt(d) itself; whatever else the family wants goes into the queries.
-    query = query * (kernel.scaling * query.shape[-1] ** 0.5)
+    scaling = kernel.scaling * query.shape[-1] ** 0.5
+    query = query if math.isclose(scaling, 1.0) else query * scaling
     context = varlen_attn(query[0], key[0], value[0], queries.ends, keys.ends, queries.rows, keys.rows)
     return context.flatten(1)[None]
 

@@ -32,7 +32,7 @@ from .saliency import (
 from .selection import Scores
 from .soft_pruning import SoftReduction, soften, soften_learned
 from .token_attention import AttentionKernel, attend, maps_at_positions
-from .token_layout import PackedRows, named, shapes_only
+from .token_layout import PackedRows, named, on_cpu, shapes_only
 from .token_reducer import Reduction, begin_reduction, step
 from .token_state import TokenState
 
@@ -293,7 +293,7 @@ class TokenPruneLayer:
     def _feed_forward_half(self, hidden: torch.Tensor) -> torch.Tensor:
         """Part by part where no gradient is asked for, so that the widened states stay small and near."""
         rows = hidden.shape[0] * hidden.shape[1]
-        if torch.is_grad_enabled() or shapes_only() or rows < 2 * FEED_FORWARD_ROWS or hidden.device.type != "cpu":
+        if torch.is_grad_enabled() or shapes_only() or rows < 2 * FEED_FORWARD_ROWS or not on_cpu(hidden):
             return self.feed_forward_block(hidden)
         parts = hidden.flatten(0, 1).tensor_split(rows // FEED_FORWARD_ROWS)
         return torch.cat([self.feed_forward_block(part) for part in parts]).view_as(hidden)
