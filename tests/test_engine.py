@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from methods import METHODS, pruned
 from tiny import BERT, HEADS, VIT, Case, build, image_inputs, inputs_for, text_inputs
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertForSequenceClassification, ViTForImageClassification
@@ -36,13 +37,15 @@ def synchronisations(monkeypatch) -> list[str]:
         (FIXED, [17, 5, 30], 1),
         (FIXED, [20, 20], 1),
         (ADAPTIVE, [17, 5, 30], 1 + len(SITES)),
+        (METHODS["adaptive_prior"], [17, 5, 30], 1 + 3),
     ],
-    ids=["nothing", "fixed", "fixed_uniform", "adaptive"],
+    ids=["nothing", "fixed", "fixed_uniform", "adaptive", "table"],
 )
 def test_one_question_for_the_lengths_and_one_per_adaptive_site(pruning, lengths, expected, synchronisations):
-    model, inputs = prune(build(TEXT), pruning), text_inputs(lengths)
-    synchronisations.clear()
+    model, inputs = pruned(build(TEXT), pruning), text_inputs(lengths)
     with torch.no_grad():
+        model(**inputs)  # whether a table is filled is asked once
+        synchronisations.clear()
         model(**inputs)
     assert synchronisations == ["tolist"] * expected
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from methods import METHODS, pruned
 from transformers import ViTForImageClassification
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
@@ -156,6 +157,14 @@ def test_the_stock_model_is_native_and_the_same():
     inputs = tiny.image_inputs(2)
     with torch.no_grad():
         assert torch.equal(stock(**inputs).logits, native(**inputs).logits)
+
+
+def test_the_stock_model_of_a_pruned_one_costs_what_is_stock():
+    """Its config still speaks of the pruning, and of a table that it has not."""
+    native, inputs = tiny.build(tiny.HEADS[0].values[0]), tiny.text_inputs([30])
+    stock = stock_model(pruned(native, METHODS["adaptive_prior"]))
+    assert stock.config.pruning is not None
+    assert count_flops(stock, inputs) == count_flops(native, inputs)
 
 
 class FakeEvent:

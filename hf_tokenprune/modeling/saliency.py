@@ -201,13 +201,17 @@ class TokenPrior(nn.Module):
     def __init__(self, entries: int):
         super().__init__()
         self.register_buffer("worth", torch.full((entries,), torch.nan))
+        self._seen_filled = False
 
     def reset_parameters(self) -> None:
         init.constant_(self.worth, torch.nan)
+        self._seen_filled = False
 
     @property
     def empty(self) -> bool:
-        return bool(self.worth[0].isnan())
+        """Asks the device until it was filled once, and never after."""
+        self._seen_filled = self._seen_filled or not bool(self.worth[0].isnan())
+        return not self._seen_filled
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [..] -> [..], float32 or wider"""

@@ -67,7 +67,7 @@ def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
         TypeError: a model of an unsupported family.
     """
     native = type(model) in native_to_pruned()
-    ours = prune(model, getattr(getattr(model, "config", None), "pruning", None))
+    ours = prune(model, None if native else getattr(getattr(model, "config", None), "pruning", None))
     call = EncoderCall(work=True)
     with torch.no_grad(), evaluating(ours):
         ours(**inputs, encoder_call=call)
