@@ -55,8 +55,9 @@ def _first_token_logits(query: torch.Tensor, key: torch.Tensor, keys: Layout, he
     """The scaled query [B, A] of each sample times its keys, head by head: [B, K, H], dead rows anything finite."""
 
     def product(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast.
-        return (_wide(key) * query).unflatten(-1, (heads, -1)).sum(dim=-1)
+        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast; half
+        # keys are widened on the way, by the wide query.
+        return (key * query).unflatten(-1, (heads, -1)).sum(dim=-1)
 
     if keys.full or not on_cpu(key) or not isinstance(keys, PackedRows):
         return product(query[:, None], keys.spread(key))
@@ -301,7 +302,8 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _head_norms(x: torch.Tensor, heads: int) -> torch.Tensor:  # [.., A] -> [.., H]
-    return torch.linalg.vector_norm(_wide(x).unflatten(-1, (heads, -1)), dim=-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.unflatten(-1, (heads, -1)), dim=-1, dtype=wide)
 
 
 def _shares(x: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:

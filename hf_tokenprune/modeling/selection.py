@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .pruning_stage import FUSIONS, PruningStage, Site, keep_count
-from .token_layout import Ints, Selection, on_device, shapes_only
+from .token_layout import Ints, PackedRows, Selection, on_device, shapes_only
 from .token_state import TokenState
 
 
@@ -82,12 +82,11 @@ def _keys(scores: Scores, state: TokenState) -> torch.Tensor:  # [B, K]
     average = GRID if scores.match is not None else GRID * (layout.rows if layout.full else layout.counts[:, None])
     keys = scores.saliency.detach() * average
     keys = (keys.round_() if scores.ranking is None else keys).nan_to_num_(nan=-1.0)
-    if not layout.full:
-        keys.masked_fill_(~layout.alive, -torch.inf)
-    elif state.protected is None:
+    if state.protected is None and (layout.full or isinstance(layout, PackedRows)):  # the prefix comes first
         keys[:, : state.input.prefix].fill_(torch.inf)
-        return keys
-    return keys.masked_fill_(state.held, torch.inf)
+    else:
+        keys.masked_fill_(state.held, torch.inf)
+    return keys if layout.full else keys.masked_fill_(~layout.alive, -torch.inf)
 
 
 # How many rows stay, the prefix included

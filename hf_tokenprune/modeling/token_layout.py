@@ -133,8 +133,9 @@ class PackedRows:
     @cached_property
     def cells(self) -> torch.Tensor:
         """Where each token lies in the flattened rows [B * K]."""  # long [T]
-        alive = torch.arange(self.rows) < torch.tensor(self.lengths)[:, None]
-        return on_device(alive.flatten().nonzero().squeeze(1), self.device)
+        before = torch.arange(0, self.samples * self.rows, self.rows, device=self.device) - self.starts  # dead rows
+        before = before.repeat_interleave(self.counts, output_size=self.tokens)  # the size: no wait for the device
+        return torch.arange(self.tokens, device=self.device) + before
 
     @cached_property
     def row_index(self) -> torch.Tensor:
