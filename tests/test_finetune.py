@@ -114,9 +114,13 @@ def test_killed_and_gone_on_with(room, straight, step, tmp_path):
 
 
 def goes_on_as(path: Path, straight: Path) -> None:
-    """A stopped run ends with the weights and the thresholds of one that was not stopped."""
-    finetune(*parse(path))
+    """A stopped run ends with the weights and the thresholds of one that was not stopped, from where it was stopped."""
     killed = path.with_suffix("")
+    last = last_whole_checkpoint(killed)
+    states = [] if last is None else [Path(last) / "trainer_state.json"]
+    written = [state.stat().st_mtime_ns for state in states]
+    finetune(*parse(path))
+    assert [state.stat().st_mtime_ns for state in states] == written  # and not again from the start
     weights, expected = (load_file(f / "model" / "model.safetensors") for f in (killed, straight))
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -139,6 +143,22 @@ def test_killed_while_a_checkpoint_was_written(room, straight, torn, tmp_path):
     last = last_whole_checkpoint(tmp_path / "killed")
     assert last == (str(tmp_path / "killed" / f"checkpoint-{whole[-1]}") if whole else None)
     goes_on_as(path, straight)
+
+
+@pytest.mark.parametrize("step", [8, 16])  # thresholds still rise, and rise no more
+def test_a_run_whose_thresholds_were_moved_is_gone_on_with(room, step, tmp_path):
+    pruning = {"preset": "adaptive", "layers": [1, 2], "threshold": [0.02, 0.04], "relative_to": "total"}
+    changes = {"pruning": json.dumps({**pruning, "prior_threshold": 0.02}), "pruner_learning_rate": None}
+    changes |= {"target_macs": 0.65, "keep_rate_warmup_end": 0.6, "distillation_weight": 1.0}
+    changes |= {"teacher_name_or_path": str(room / "model"), "final_temperature": None}
+    finetune(*parse(recipe(room, tmp_path / "straight", **changes)))
+    path = recipe(room, tmp_path / "killed", **changes)
+    later = [f"checkpoint-{other}" for other in (16, 24) if other > step]
+    ignored = shutil.ignore_patterns("model", "report.json", *later)
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed", ignore=ignored)
+    (tmp_path / "killed" / "run.json").unlink()
+    assert last_whole_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / f"checkpoint-{step}")
+    goes_on_as(path, tmp_path / "straight")
 
 
 MISTAKES = {

@@ -446,7 +446,8 @@ sys.path.insert(0, {tests!r})
 from test_token_prune_trainer import BUDGET, trainer_for
 torch.manual_seed(0)
 trainer = trainer_for(BUDGET, {folder!r}, per_device_train_batch_size=3, max_steps=6, pruner_learning_rate=0.1,
-                      per_device_eval_batch_size=5, budget_samples=12, gradient_checkpointing={checkpointing})
+                      per_device_eval_batch_size=5, budget_samples=12, gradient_checkpointing={checkpointing},
+                      label_smoothing_factor={smoothing})
 trainer.train()
 scores = trainer.evaluate()
 weights = [parameter.detach().double().sum() for parameter in trainer.model.parameters()]
@@ -464,9 +465,11 @@ os._exit(0)  # threads of gloo sometimes abort an interpreter that is shutting d
 """
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_processes_learn_the_same_and_evaluate_as_one(checkpointing, tmp_path):
-    script, names = tmp_path / "train.py", {"folder": str(tmp_path), "checkpointing": checkpointing}
+@pytest.mark.parametrize("checkpointing, smoothing", [(False, 0.0), (True, 0.0), (False, 0.1)])
+def test_two_processes_learn_the_same_and_evaluate_as_one(checkpointing, smoothing, tmp_path):
+    """With smoothed labels the Trainer makes a loss of its own, outside of what its processes share."""
+    script = tmp_path / "train.py"
+    names = {"folder": str(tmp_path), "checkpointing": checkpointing, "smoothing": smoothing}
     script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent), **names)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)

@@ -384,15 +384,15 @@ class TokenPruneHead(Prunable):
         call.trace = call.trace or bool(output_token_trace)
         call.work = call.work or self.base_model.softening is not None
         outputs = native_forward(**inputs, encoder_call=call, return_dict=True)
-        if outputs.get("loss") is not None:
-            extra = self.base_model.pruning_loss(call)
-            outputs["loss"] = outputs["loss"] if extra is None else outputs["loss"] + extra
-        elif own is None and self.base_model.softening is not None:
+        extra = self.base_model.pruning_loss(call)
+        if extra is not None and outputs.get("loss") is not None:
+            outputs["loss"] = outputs["loss"] + extra
+        elif extra is not None and own is None:
             logger.warning_once(
-                "The pruning's objective adds to the model's loss, and without labels there is none: a loss of your "
-                "own (label smoothing, compute_loss_func) needs TokenPruneTrainer, which adds it."
+                "The pruning's objective adds to the model's loss, and without labels there is none: to a loss of your "
+                "own (label smoothing, compute_loss_func) TokenPruneTrainer adds it; elsewhere, add `pruning_loss`."
             )
-        return self.output_class(**outputs, token_trace=call.token_trace())
+        return self.output_class(**outputs, token_trace=call.token_trace(), pruning_loss=extra)
 
 
 def register_family(*, config: type, natives: dict[type, type], auto: dict[str, type | tuple[type, ...]]) -> None:

@@ -1,6 +1,7 @@
 """What a model returns besides the native fields, and what travels down through one call.
 
-Every output class is the native one with further declared fields, `None` unless asked for.
+Every output class is the native one with further declared fields, `None` unless asked for. `pruning_loss` of a head is
+what an objective adds in its soft phase, a scalar: `loss` has it in it, and a loss of one's own wants it added.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from .selection import Scores
 from .token_state import TokenState
 
 
-EXTRA_FIELDS = ("token_trace", "attention_mask", "positions")
+EXTRA_FIELDS = ("token_trace", "pruning_loss", "attention_mask", "positions")
 
 
 @dataclass
@@ -65,21 +66,25 @@ class TokenPruneModelOutput(BaseModelOutputWithPooling):
 @dataclass
 class TokenPruneSequenceClassifierOutput(SequenceClassifierOutput):
     token_trace: TokenTrace | None = None
+    pruning_loss: torch.Tensor | None = None
 
 
 @dataclass
 class TokenPruneTokenClassifierOutput(TokenClassifierOutput):
     token_trace: TokenTrace | None = None
+    pruning_loss: torch.Tensor | None = None
 
 
 @dataclass
 class TokenPruneImageClassifierOutput(ImageClassifierOutput):
     token_trace: TokenTrace | None = None
+    pruning_loss: torch.Tensor | None = None
 
 
 @dataclass
 class TokenPruneTwoHeadedOutput(DeiTForImageClassificationWithTeacherOutput):
     token_trace: TokenTrace | None = None
+    pruning_loss: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

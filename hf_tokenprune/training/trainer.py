@@ -308,12 +308,12 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             for pupil in pupils:
                 self.pruned.set_pruning(pupil)
                 call = EncoderCall(work=True)
-                logits = model(**unlabelled, encoder_call=call)["logits"]
+                outputs = model(**unlabelled, encoder_call=call)
+                logits, more = outputs["logits"], outputs.get("pruning_loss")
                 difference = kl_to_teacher(
                     logits, whole["logits"], self.args.distillation_temperature, self._counted(inputs, logits)
                 )
                 loss = loss + self._share * difference
-                more = self.pruned.base_model.pruning_loss(call)
                 loss = loss if more is None else loss + self._share * more
                 self.work.add(call, self.pruned.config)
         finally:
@@ -338,7 +338,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         extra = {"encoder_call": call} | ({"output_hidden_states": True} if tokens else {})
         loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, items)
         if outputs.get("loss") is None:  # a loss of the Trainer's own knows nothing of the pruning's
-            more = self.pruned.base_model.pruning_loss(call)
+            more = outputs.get("pruning_loss")
             loss = loss if more is None else loss + self._share * more
         if not args.distillation_weight and not tokens:
             return loss, outputs, call
