@@ -87,7 +87,8 @@ def as_run_here(command: str, script: str) -> list[str]:
     """The words of a command, made short; in two processes of this machine in place of many devices and machines."""
     words = shlex.split(command, comments=True)[1:]
     if script != "accelerate":
-        return [sys.executable, *words, *SHORT[script].split()]
+        held_out = ["--held_out_samples", "4"] if "--held_out_samples" in words else []
+        return [sys.executable, *words, *SHORT[script].split(), *held_out]
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     several = "--multi_gpu --num_processes 2 --main_process_port 0" if "--num_processes" in words else "--cpu"
     return [sys.executable, "-m", "accelerate.commands.launch", *several.split(), *words[place:]]
