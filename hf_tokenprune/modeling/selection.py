@@ -53,10 +53,12 @@ class Kept(NamedTuple):
 
     rows: enough for every sample; an int or a symbolic size.
     each: one number per sample, on the host in eager mode; None: `rows`, all.
+    counts: the same on the device, where they are there.
     """
 
     rows: Any
     each: Ints | torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -182,7 +184,8 @@ def _reached(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site, 
     counts = counts.clamp(min=min_tokens).minimum(state.counts)
     if shapes_only():
         return Kept(keys.shape[1], counts)
-    return _of_host(tuple(counts.tolist()), state.layout.full)  # a synchronisation on an accelerator
+    each = tuple(counts.tolist())  # a synchronisation on an accelerator
+    return _of_host(each, state.layout.full)._replace(counts=counts)
 
 
 def middle(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -240,19 +243,18 @@ def _split(keys: torch.Tensor, scores: Scores, state: TokenState, kept: Kept, si
         fused = on_device(gone, keys.device)[:, None] > 0
     rows = max(new) if host else _least(kept.rows + fuse, total)
     order = _order(keys, scores, rows if drop else total)
-    numbers = on_device(new, keys.device)[:, None]
-    there = torch.arange(rows, device=keys.device) < numbers
+    counts = on_device(new, keys.device) if fuse or kept.counts is None else kept.counts
+    there = torch.arange(rows, device=keys.device) < counts[:, None]
     home = _arranged(order[:, :rows], scores, drop, there)
     lengths = new if host else None
     there = None if host and min(new) == max(new) else there
-    if drop:
-        return Selection(home, there, lengths)
+    selection = Selection(home, there, lengths, fused, counts=counts)
     most = max(a - n for a, n in zip(alive, new)) if host else total
-    if host and not most:
-        return Selection(home, there, lengths, fused)
-    index = numbers + torch.arange(most, device=keys.device)
+    if drop or (host and not most):
+        return selection
+    index = counts[:, None] + torch.arange(most, device=keys.device)
     rest = order.gather(1, index.clamp(max=total - 1))
-    return Selection(home, there, lengths, fused, rest, index < state.counts[:, None])
+    return selection._replace(rest=rest, rest_alive=index < state.counts[:, None])
 
 
 def _split_alike(keys: torch.Tensor, scores: Scores, kept: Any, fuse: bool, drop: bool) -> Selection:

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.profiler import record_function
 
 
@@ -47,6 +48,7 @@ class Selection(NamedTuple):
     home: the row each new row comes from, no row twice.                               # long [B, K']
     alive: which of the K' rows are tokens, None: all.                                 # bool [B, K']
     lengths: tokens per sample, on the host; None under compile and export.
+    counts: the same on the device, where they are there.                              # long [B]
     fused: in which samples the last new row stands for all that do not stay; it comes from the best of them. One bool,
         where they agree.                                                              # bool [B, 1]
     rest: the other rows that do not stay, None: none, or they are dropped.            # long [B, R]
@@ -59,6 +61,7 @@ class Selection(NamedTuple):
     fused: torch.Tensor | bool = False
     rest: torch.Tensor | None = None
     rest_alive: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
 
 class Blend(NamedTuple):
@@ -99,12 +102,20 @@ def parted(x: torch.Tensor, runs: list[Run], side: str) -> list[torch.Tensor]:
 class PackedRows:
     """All alive tokens of the batch in one row `[1, T, D]`, sample after sample."""
 
-    def __init__(self, lengths: Ints, device: torch.device, origin: torch.Tensor | None = None):
-        """lengths: alive tokens per sample. origin: where each row lay before, in the flattened padded input or in the
-        packed row that these rows were taken from, long [B, K]; None: in the same place."""
+    def __init__(
+        self,
+        lengths: Ints,
+        device: torch.device,
+        origin: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ):
+        """lengths: alive tokens per sample; counts: the same on the device, where they are there. origin: where each
+        row lay before, in the flattened padded input or in the packed row that these rows were taken from, long [B, K];
+        None: in the same place."""
         self.lengths = lengths
         self.device = device
         self._origin = origin
+        self._counts = counts
         self.samples = len(lengths)
         self.rows = max(lengths)
         self.full = min(lengths) == self.rows
@@ -113,12 +124,12 @@ class PackedRows:
     @cached_property
     def counts(self) -> torch.Tensor:
         """Alive tokens per sample."""  # long [B]
-        return on_device(self.lengths, self.device)
+        return on_device(self.lengths, self.device) if self._counts is None else self._counts
 
     @cached_property
     def ends(self) -> torch.Tensor:
         """Cumulative lengths from 0, as varlen kernels take them."""  # int32 [B + 1]
-        return on_device(torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32), self.device)
+        return nn.functional.pad(self.counts.cumsum(0, dtype=torch.int32), (1, 0))
 
     @cached_property
     def starts(self) -> torch.Tensor:  # [B]
@@ -188,7 +199,8 @@ class PackedRows:
 
     def after(self, selection: Selection) -> "PackedRows":
         home = selection.home
-        return PackedRows(selection.lengths, self.device, home if self.samples == 1 else home + self.starts[:, None])
+        origin = home if self.samples == 1 else home + self.starts[:, None]
+        return PackedRows(selection.lengths, self.device, origin, selection.counts)
 
     def only_first(self) -> "PackedRows":
         return PackedRows((1,) * self.samples, self.device, self.starts[:, None])
