@@ -193,17 +193,19 @@ def test_loss_and_gradients_are_the_naive_ones(name, execution, monkeypatch):
     # A sharp draw that is the same in any layout.
     monkeypatch.setattr(F, "gumbel_softmax", lambda x, tau, hard, dim: _straight_through(x / tau))
     inputs, labels = tiny.text_inputs([17, 9, 23], padding=2), torch.tensor([0, 2, 1])
-    loss = model(**inputs, labels=labels).loss
-    parameters = dict(model.named_parameters())
+    whole = model(**inputs, labels=labels)
+    loss, parameters = whole.loss, dict(model.named_parameters())
     found = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
 
     samples = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
     outputs = [naive_logits(model, ids, lambda x: _straight_through(x)[..., 0]) for ids in samples]
     task = F.cross_entropy(torch.cat([logits for logits, _ in outputs]), labels)
-    expected_loss = task + naive_penalty(model, [seen for _, seen in outputs])
+    penalty = naive_penalty(model, [seen for _, seen in outputs])
+    expected_loss = task + penalty
     expected = torch.autograd.grad(expected_loss, parameters.values(), allow_unused=True)
 
     assert abs(loss.item() - expected_loss.item()) < 1e-6
+    assert abs(whole.pruning_loss.item() - penalty.item()) < 1e-6
     moved = 0
     for parameter_name, ours, theirs in zip(parameters, found, expected):
         if theirs is None:
@@ -352,7 +354,7 @@ def test_a_loss_that_leaves_the_objective_out_is_warned_of(monkeypatch):
     assert not said
     model(**inputs)
     assert len(said) == 1 and "TokenPruneTrainer" in said[0]
-    model.eval()(**inputs)
+    assert model.eval()(**inputs).pruning_loss is None
     assert len(said) == 1
 
 
