@@ -232,3 +232,26 @@ def test_the_front_table_is_what_was_measured():
 
 def test_the_comparison_of_two_groups_is_what_was_measured():
     assert quality_table(evidence("minilm-20newsgroups-religion")["quality"]) in TEXT
+
+
+def test_what_is_said_of_budgets_was_measured():
+    runs = {row["run"]: row for row in evidence("minilm-budgets")["quality"]}
+    targets = {0.3: runs["target 0.3"], 0.5: runs["pruned"], 0.7: runs["target 0.7"]}
+    said = re.search(
+        r"with ([^%]*?) on the\ntest documents .*?at ([^%]*?) % \(control: ([\d.]+) %\)", TEXT, flags=re.DOTALL
+    )
+    numbers = [[float(number) for number in re.findall(r"\d+\.\d+", part)] for part in said.groups()]
+    assert numbers == [
+        [round(row["mac_ratio_to_stock"], 3) for row in targets.values()],
+        [round(row["accuracy"], 2) for row in targets.values()],
+        [round(runs["control"]["accuracy"], 2)],
+    ]
+    each = list(zip(*runs["many budgets"]["at_budgets"]))  # by budget, then by seed
+    for name, field, scale in (
+        ("set_budget", "budget", 1),
+        ("measured", "mac_ratio_to_stock", 1),
+        ("accuracy, %", "accuracy", 100),
+    ):
+        cells = re.search(rf"^\| `?{name}`? \| (.*) \|$", TEXT, flags=re.MULTILINE)[1].split(" | ")
+        means = [scale * sum(seed[field] for seed in seeds) / len(seeds) for seeds in each]
+        assert [float(cell) for cell in cells] == pytest.approx(means, abs=0.0051)
