@@ -1,4 +1,5 @@
-"""Every code block of the README runs; those that make an environment of their own, in `.ci/run`.
+"""Every code block of the README runs; those that make an environment of their own, in `.ci/run`. One command does not:
+FSDP shards over accelerators.
 
 Names like `your/bert` are folders here, with tiny models and data, and commands get further arguments that make them
 short. What is for several devices and machines runs as two processes on this one's CPU. Not among the ordinary tests:
