@@ -1,7 +1,9 @@
 """What stands above the models: data, metrics, time, and the stranger's process."""
 
 import json
+import platform
 import re
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -54,6 +56,24 @@ def test_candidates_run_in_turn():
     assert speedup(Timing((4.0, 3.0, 6.0)), Timing((2.0, 3.0, 1.0))) == 2.0
     with pytest.raises(ValueError, match=r"rounds \(0\)"):
         time_interleaved({}, rounds=0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_candidates_find_the_memory_that_others_gave_back():
+    """Blocks so large are mapped anew at each call by glibc itself, page by page."""
+
+    def pages_taken() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    taken = []
+    pages_taken()
+    assert pages_taken() > 1000
+    time_interleaved({"a": lambda: taken.append(pages_taken())}, rounds=3, device="cpu")
+    assert taken[0] > 1000 and max(taken[1:]) < 10
+    pages_taken()
+    assert pages_taken() > 1000  # what the user's process does afterwards is as before
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from .memory import heap_kept
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -65,7 +67,8 @@ def time_interleaved(
     progress: Callable = iter,
     device: torch.device | str | None = None,
 ) -> dict[str, Timing]:
-    """Runs the candidates A B C A B C ... and times each run.
+    """Runs the candidates A B C A B C ... and times each run. Meanwhile the heap keeps what is freed: none pays for
+    memory that the one before it gave back.
 
     Args:
         candidates: what to run, by name.
@@ -81,6 +84,18 @@ def time_interleaved(
     measure = _seconds_on_cuda if on_cuda else _seconds
     if rounds < 1:
         raise ValueError(f"rounds ({rounds}) must be >= 1")
+    with heap_kept():
+        return _rounds(candidates, measure, rounds, warmup, seconds, progress)
+
+
+def _rounds(
+    candidates: Mapping[str, Callable[[], object]],
+    measure: Callable[[Callable[[], object]], float],
+    rounds: int,
+    warmup: int,
+    seconds: float,
+    progress: Callable,
+) -> dict[str, Timing]:
     for _ in range(warmup):
         for candidate in candidates.values():
             candidate()
