@@ -97,9 +97,15 @@ class Comparison:
                 bar.update()
                 return report
 
-            done = dict(zip(first := [("baseline", seed) for seed in seeds], pool.map(follow, first)))
+            baselines = {seed: pool.submit(follow, ("baseline", seed)) for seed in seeds}  # before all others
+
+            def follow_baseline(job: tuple[str, int]) -> dict[str, Any]:
+                baselines[job[1]].result()
+                return follow(job)
+
             rest = [job for job in jobs if job[0] != "baseline"]
-            done |= zip(rest, pool.map(follow, rest))
+            done = dict(zip(rest, pool.map(follow_baseline, rest)))
+            done |= {("baseline", seed): baseline.result() for seed, baseline in baselines.items()}
         reports = {name: [done[name, seed] for seed in seeds] for name in names}
         return {
             "recipe": {"baseline": self.recipe.baseline, **self.recipe.others},
