@@ -1,14 +1,16 @@
 """Gradients of what a student learns from a teacher, against their equations."""
 
+import copy
 import random
 
 import pytest
+import tiny
 import torch
-from test_token_prune_trainer import SANDWICH, TOP_K, native_model, rows_of, trainer_for
+from test_token_prune_trainer import SANDWICH, TEXT, TOP_K, native_model, rows_of, trainer_for
 
 from hf_tokenprune import prune
 from hf_tokenprune.modeling.token_outputs import EncoderCall
-from hf_tokenprune.training.distillation import kept_token_mse, kl_to_teacher
+from hf_tokenprune.training.distillation import difference_to_teacher, kept_token_mse
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:
@@ -19,12 +21,49 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
 def test_kl(tokens):
     student, teacher = (drawn(*((2, 4, 3) if tokens else (5, 3)), seed=seed) for seed in (0, 1))
     counted = torch.tensor([[True] * 4, [True, True, False, False]]) if tokens else None
-    kl_to_teacher(student, teacher, 3.0, counted).backward()
+    difference_to_teacher(student, teacher, 3.0, counted).backward()
     with torch.no_grad():
         expected = 3.0 * ((student / 3).softmax(-1) - (teacher / 3).softmax(-1))
         expected = expected * counted[..., None] / 6 if tokens else expected / 5
     torch.testing.assert_close(student.grad, expected)
     assert teacher.grad is None
+
+
+def test_what_is_no_choice_of_one_class():
+    """Labels each by itself, and numbers: a softmax over them would see no difference, or another one."""
+    student, teacher = (drawn(5, 3, seed=seed) for seed in (0, 1))
+    difference_to_teacher(student, teacher, 2.0, problem="multi_label_classification").backward()
+    with torch.no_grad():
+        torch.testing.assert_close(student.grad, 2.0 * ((student / 2).sigmoid() - (teacher / 2).sigmoid()) / 5)
+    student, teacher = (drawn(5, 1, seed=seed) for seed in (0, 1))
+    difference_to_teacher(student, teacher, 2.0, problem="regression").backward()
+    torch.testing.assert_close(student.grad, 2 * (student - teacher).detach() / 5)
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_heads_of_numbers_and_of_several_labels_learn_from_a_teacher(labels, tmp_path):
+    """The smallest of a sandwich, an in-place pupil and a student: each loss has what the logits differ by."""
+    config = copy.deepcopy(TEXT.config)
+    config.num_labels, config.problem_type = labels, "regression" if labels == 1 else "multi_label_classification"
+    rows = [{**row, "labels": torch.ones(labels)} for row in rows_of()]
+    native = [tiny.build(tiny.Case(TEXT.native, config), seed=seed) for seed in (0, 3)]
+    trainer = trainer_for(prune(native[0], TOP_K), tmp_path, rows=rows, teacher=native[1], distillation_weight=1.0)
+    trainer.model.eval()  # no dropout
+    inputs = {name: torch.stack([row[name] for row in rows[:5]]) for name in rows[0]}
+    trainer.model.training = True
+    loss = trainer.compute_loss(trainer.model, dict(inputs)).detach()
+    with torch.no_grad():
+        trainer.model.training = False
+        output, wanted = trainer.model(**inputs), trainer.teacher(**inputs).logits
+        if labels == 1:
+            difference = (output.logits - wanted).square().mean()
+        else:
+            given, wanted = (output.logits / 2).sigmoid(), (wanted / 2).sigmoid()
+            each = wanted * (wanted / given).log() + (1 - wanted) * ((1 - wanted) / (1 - given)).log()
+            difference = 4 * each.sum(-1).mean()
+    assert difference > 1e-4
+    torch.testing.assert_close(loss, output.loss + difference)
 
 
 def test_mse_of_kept_tokens():

@@ -108,8 +108,9 @@ def naive_logits(model: PreTrainedModel, ids: torch.Tensor, drawn: Any = None) -
             if site.rule == "keep_count":
                 score = mean.sum(dim=0) - mean.diagonal()
                 order = [0, *(1 + score[1:].argsort(descending=True)).tolist()]
-                mask = torch.empty_like(score)
-                mask[order] = module.share[: len(ids)].to(x.dtype)
+                mask = torch.zeros_like(score)
+                ranked = order[: len(module.share)]  # what comes behind the last rank is gone
+                mask[ranked] = module.share[: len(ranked)].to(x.dtype)
             else:
                 received = (mean * weight[:, None]).sum(dim=0) / weight.sum()
                 fetched = (maps[:, 0] * v.norm(dim=-1)).sum(dim=0)

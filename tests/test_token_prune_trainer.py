@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_tokenprune import PruningConfig, TokenPruneTrainer, TokenPruneTrainingArguments, count_macs, prune
 from hf_tokenprune.modeling.token_outputs import EncoderCall
 from hf_tokenprune.training.budget import check_reach, thresholds_for_budget
-from hf_tokenprune.training.distillation import kept_token_mse, kl_to_teacher
+from hf_tokenprune.training.distillation import difference_to_teacher, kept_token_mse
 from hf_tokenprune.training.schedule import KeepRateWarmup
 
 
@@ -187,7 +187,7 @@ def test_a_sandwich_is_the_full_model_the_smallest_and_a_random_one(tmp_path):
     expected, differences = whole.loss, []
     for macs in (0.5, random.Random(f"{trainer.args.seed}/0").uniform(0.5, 0.9)):
         model.set_pruning(start.at_budget(macs, 64))
-        differences.append(kl_to_teacher(model(**inputs).logits, whole.logits, 1.0))
+        differences.append(difference_to_teacher(model(**inputs).logits, whole.logits, 1.0))
     assert min(differences) > 0
     torch.testing.assert_close(loss, expected + sum(differences))
     model.set_pruning(start)
@@ -211,7 +211,7 @@ def test_in_place_labels_teach_the_unpruned_model_and_that_the_pruned_one(name, 
     model.set_pruning(start)
     call = EncoderCall(work=True)
     logits = model(**inputs, encoder_call=call).logits
-    difference = kl_to_teacher(logits, whole.logits, 3.0)
+    difference = difference_to_teacher(logits, whole.logits, 3.0)
     more = model.base_model.pruning_loss(call)
     assert difference > 1e-7 and (more is None) == (name == "top_k")
     torch.testing.assert_close(loss, whole.loss + difference + (0.0 if more is None else more))
@@ -259,12 +259,13 @@ def test_thresholds_meet_a_target_without_an_objective(relative_to, tmp_path):
             trainer_for(other, tmp_path, target_macs=0.6)
 
 
-def test_the_pruner_has_a_learning_rate_of_its_own(tmp_path):
-    trainer = trainer_for(BUDGET, tmp_path, pruner_learning_rate=0.5, learning_rate=1e-9, weight_decay=0.1)
+@pytest.mark.parametrize("given, rate", [({"pruner_learning_rate": 0.5}, 0.5), ({}, 1e-9)])
+def test_the_pruner_has_a_learning_rate_of_its_own_and_no_decay(given, rate, tmp_path):
+    trainer = trainer_for(BUDGET, tmp_path, learning_rate=1e-9, weight_decay=0.1, **given)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = trainer.create_optimizer().param_groups
     own = [names[id(p)] for p in groups[-1]["params"]]
-    assert groups[-1]["lr"] == 0.5 and groups[-1]["weight_decay"] == 0.0
+    assert groups[-1]["lr"] == rate and groups[-1]["weight_decay"] == 0.0
     assert len(own) == 4 and all("token_mask" in name or "token_budget" in name for name in own)
     assert sum(len(group["params"]) for group in groups) == len(names)
 
@@ -447,7 +448,7 @@ from test_token_prune_trainer import BUDGET, trainer_for
 torch.manual_seed(0)
 trainer = trainer_for(BUDGET, {folder!r}, per_device_train_batch_size=3, max_steps=6, pruner_learning_rate=0.1,
                       per_device_eval_batch_size=5, budget_samples=12, gradient_checkpointing={checkpointing},
-                      label_smoothing_factor={smoothing})
+                      label_smoothing_factor={smoothing}, eval_use_gather_object={smoothing} > 0)
 trainer.train()
 scores = trainer.evaluate()
 weights = [parameter.detach().double().sum() for parameter in trainer.model.parameters()]

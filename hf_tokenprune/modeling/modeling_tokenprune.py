@@ -181,8 +181,7 @@ class TokenPruneModel(PrunerModules, Prunable):
             return state
         if token_ids is None:
             raise ValueError("saliency ('token_prior') needs input_ids to look up: give those, or prune without it")
-        (table, *_) = self.prior_tables()
-        if not shapes_only() and table.empty:
+        if not shapes_only() and all(table.empty for table in self.prior_tables()):  # an adapter fills its own
             raise ValueError(
                 "saliency ('token_prior') has an empty table: fit_token_prior(model, batches) fills it, and "
                 "TokenPruneTrainer does so before it trains"

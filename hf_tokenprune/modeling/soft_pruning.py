@@ -56,7 +56,7 @@ class RankMask(nn.Module):
     """How much of the token of each rank stays: r_l of PoWER-BERT (ICML 2020).
 
     Args:
-        ranks: as many as an input has tokens.
+        ranks: how many there are, all of which stay at first; a token behind them goes.
     """
 
     def __init__(self, ranks: int):
@@ -82,7 +82,7 @@ class RankMask(nn.Module):
         """The mask of each row from the rank of its score, [B, K]; protected rows come first."""
         ranked = scores.detach().masked_fill(~state.alive, -torch.inf).masked_fill(state.held, torch.inf)
         rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return self.clamped[rank.clamp(max=len(self.share) - 1)]
+        return nn.functional.pad(self.clamped, (0, 1))[rank.clamp(max=len(self.share))]
 
 
 class BudgetMultipliers(nn.Module):
@@ -118,11 +118,15 @@ def _reversed(x: torch.Tensor) -> torch.Tensor:
     return 2 * x.detach() - x
 
 
-def mask_module(site: Site, objective: Objective, ranks: int) -> nn.Module | None:
-    """The parameters that a site's masks have of their own; None: it has none, or can remove nothing."""
+def mask_module(site: Site, objective: Objective, longest: int) -> nn.Module | None:
+    """The parameters that a site's masks have of their own, which start at its value; None: it has none, or can remove
+    nothing.
+
+    longest: tokens of the longest input.
+    """
     if not objective.learns_values or site.value == RULES[site.rule].idle:
         return None
-    return RankMask(ranks) if site.rule == "keep_count" else ThresholdMask(site.value)
+    return RankMask(min(site.value, longest)) if site.rule == "keep_count" else ThresholdMask(site.value)
 
 
 class SoftReduction(NamedTuple):

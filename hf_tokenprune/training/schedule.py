@@ -37,7 +37,7 @@ class KeepRateWarmup(TrainerCallback):
         if not 0.0 <= start < end <= 1.0:
             raise ValueError(f"start ({start!r}) and end ({end!r}) must be 0 <= start < end <= 1")
         self.start, self.end = start, end
-        self.target = None
+        self.target = self._passing = None
 
     def progress(self, share: float) -> float:
         """How much is pruned, in [0, 1], after this share of training."""
@@ -47,16 +47,19 @@ class KeepRateWarmup(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self.target = pruned_model(model).config.pruning
-        if self.target is None:
+        pruning = pruned_model(model).config.pruning
+        if pruning is None:
             raise ValueError("pruning (None) must be set to be warmed up to: model.set_pruning(...)")
+        if pruning != self._passing:  # where training begins anew with smaller batches, it is what passed
+            self.target = pruning
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         ours = pruned_model(model)
         longest = ours.base_model.longest_input
-        ours.set_pruning(self.target.eased(self.progress(state.global_step / state.max_steps), longest))
+        self._passing = self.target.eased(self.progress(state.global_step / state.max_steps), longest)
+        ours.set_pruning(self._passing)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -82,19 +85,24 @@ class SoftToHard(TrainerCallback):
 
     def __init__(self, soft_share: float, budget_warmup: float, final_temperature: float | None):
         self.soft_share, self.budget_warmup, self.final_temperature = soft_share, budget_warmup, final_temperature
-        self.target = None
+        self.target = self._passing = None
         self.start_macs = 1.0
         self.meet: Callable[[PruningConfig], PruningConfig] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self.target = pruned_model(model).config.pruning.objective
+        pruning = pruned_model(model).config.pruning
+        objective = None if pruning is None else pruning.objective
+        if objective is None or objective != self._passing:  # as in `KeepRateWarmup`
+            self.target = objective
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         ours, target = pruned_model(model), self.target
+        if target is None:
+            return
         soft_steps = math.ceil(self.soft_share * state.max_steps)
         if state.global_step >= soft_steps:
             objective = replace(target, phase="hard")
@@ -110,6 +118,7 @@ class SoftToHard(TrainerCallback):
                 warm = min(passed / self.budget_warmup, 1.0) if self.budget_warmup else 1.0
                 start = max(self.start_macs, target.target_macs)
                 objective = replace(objective, target_macs=start - (start - target.target_macs) * warm)
+        self._passing = objective
         if objective != ours.config.pruning.objective:
             ours.set_pruning(replace(ours.config.pruning, objective=objective))
 

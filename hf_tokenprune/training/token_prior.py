@@ -24,7 +24,7 @@ SEEN = 3  # an id that was met as often has half of its worth from itself
 def prior_is_empty(model: PreTrainedModel) -> bool:
     """Whether a model of ours has a site that looks ids up, and a table for it that nobody has filled yet."""
     base = model.base_model
-    return base.looks_ids_up and base.prior_tables()[0].empty
+    return base.looks_ids_up and all(table.empty for table in base.prior_tables())
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
@@ -26,12 +26,15 @@ from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
 from .budget import THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
-from .distillation import check_teacher, kept_token_mse, kl_to_teacher
+from .distillation import check_teacher, difference_to_teacher, kept_token_mse
 from .publishing import WithoutPickles
 from .resuming import last_whole_checkpoint
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
 from .token_prior import fit_token_prior, prior_is_empty
 from .work_log import WorkLog
+
+
+SAVED = "(with an adapter: name it in modules_to_save)"
 
 
 class TokenPruneTrainer(WithoutPickles, Trainer):
@@ -43,7 +46,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         - The pruner's parameters have a learning rate of their own, and no weight decay.
         - Callbacks follow from the arguments: keep-rate warm-up, soft to hard.
         - Evaluation is at the full pruning even during a warm-up, and reports the MAC ratio, and what an input costs in
-          1e9 MACs.
+          1e9 MACs. Checkpoints carry that pruning, and a run that breaks off leaves it to the model.
         - Logs carry the MAC ratio and the alive tokens of each site.
         - Predictions are in the data's order, grouped by length or not: padding costs nothing here.
         - With `target_macs` thresholds move together, before training and after it, until training inputs cost that.
@@ -151,12 +154,12 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad and any(part in names for part in name.split("."))
             }
-            if rate is None or not own:
+            if not own:
                 continue
             moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
-            optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": moved, "lr": rate or self.args.learning_rate, "weight_decay": 0.0})
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -168,8 +171,9 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         pruning, budgets = self.pruned.config.pruning, self.args.budgets
         learned = None if pruning is None or pruning.objective is None else pruning.objective.target_macs
         target = self.args.target_macs if learned is None else learned
-        self._fill_prior()
         wanted = self.args.budget_samples and (target is not None or budgets)
+        self._check_start(wanted)
+        self._fill_prior()
         inputs = self._some_inputs(self.args.budget_samples) if wanted else []
         measure = self._ratios(inputs[self.args.process_index :: self.args.world_size]) if wanted else None
 
@@ -186,7 +190,13 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                 self._phases.meet = meet
         if budgets and learned is None:  # the values that an objective's target asks for are still to be learned
             self._set_budgets(measure)
-        result = super().train(resume_from_checkpoint, **kwargs)
+        aim = self.pruned.config.pruning
+        try:
+            result = super().train(resume_from_checkpoint, **kwargs)
+        except BaseException:  # Ctrl-C, too: what a schedule had come to is nobody's wish
+            self.pruned.set_pruning(aim)
+            self.is_in_train = False
+            raise
         self.pruned.settle_pruning()
         self._settle_adapters()
         if measure is not None and target is not None:
@@ -194,6 +204,27 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         if budgets:
             self._set_budgets(measure, trained=True)
         return result
+
+    def _check_start(self, wanted: Any) -> None:
+        pruning = self.pruned.config.pruning
+        if self.model_init is not None and (wanted or prior_is_empty(self.pruned)):
+            raise ValueError(
+                f"model_init ({self.model_init!r}) must not be given where training starts by measuring the model "
+                "(target_macs, budgets, a table to fill): make a trainer for each model"
+            )
+        own = {
+            part: parameter.requires_grad
+            for name, parameter in sorted(self.model.named_parameters(), key=lambda each: each[1].requires_grad)
+            for part in name.split(".")
+            if part in PREDICTORS + VALUES
+        }
+        if pruning is not None and pruning.objective is not None and own and not any(own.values()):
+            raise ValueError(
+                f"objective ({pruning.objective.name!r}) trains {sorted(own)}, which must not be frozen {SAVED}"
+            )
+        adapted = hasattr(self.model, "peft_config") and self.pruned.base_model.looks_ids_up
+        if adapted and len(self.pruned.base_model.prior_tables()) == 1:
+            raise ValueError(f"saliency ('token_prior') has a table that the adapter must hold {SAVED}")
 
     def _settle_adapters(self) -> None:
         """What was learned is in the config now: adapters have no part of it to save, and need none to be loaded."""
@@ -205,11 +236,12 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             adapter.modules_to_save = [name for name in names or () if name not in VALUES] or None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        pruning = self.pruned.config.pruning
-        if self.args.should_save and self.pruned is not self.model and pruning is not None:
-            path = Path(output_dir or self.args.output_dir) / "pruning.json"  # an adapter has no model's config
-            write_atomically(path, json.dumps(pruning.to_dict(), indent=1).encode())
+        with self._at_the_aim():
+            super()._save(output_dir, state_dict)
+            pruning = self.pruned.config.pruning
+            if self.args.should_save and self.pruned is not self.model and pruning is not None:
+                path = Path(output_dir or self.args.output_dir) / "pruning.json"  # an adapter has no model's config
+                write_atomically(path, json.dumps(pruning.to_dict(), indent=1).encode())
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -227,7 +259,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
     def _some_inputs(self, count: int) -> list[dict[str, Any]]:
         """The same training inputs at every start, in batches."""
         data, size = self.train_dataset, self.args.per_device_eval_batch_size
-        if hasattr(data, "__len__"):
+        if has_length(data) and not isinstance(data, IterableDataset):
             rows = [data[i] for i in random.Random(self.args.seed).sample(range(len(data)), min(count, len(data)))]
         else:
             rows = list(islice(data, count))
@@ -288,7 +320,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         result = super().prediction_step(model, {**inputs, "encoder_call": call}, *args, **kwargs)
         if self._evaluated is not None:
             costs = torch.stack(sample_macs(call, self.pruned.config), dim=1)
-            self._evaluated.append(self.gather_function(costs).cpu())
+            self._evaluated.append(self.accelerator.gather_for_metrics(costs).cpu())
         return result
 
     def _whole_loss(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> tuple[torch.Tensor, Any]:
@@ -310,10 +342,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                 call = EncoderCall(work=True)
                 outputs = model(**unlabelled, encoder_call=call)
                 logits, more = outputs["logits"], outputs.get("pruning_loss")
-                difference = kl_to_teacher(
-                    logits, whole["logits"], self.args.distillation_temperature, self._counted(inputs, logits)
-                )
-                loss = loss + self._share * difference
+                loss = loss + self._share * self._difference(inputs, logits, whole["logits"])
                 loss = loss if more is None else loss + self._share * more
                 self.work.add(call, self.pruned.config)
         finally:
@@ -346,8 +375,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         with torch.no_grad():
             taught = self.teacher(**unlabelled, output_hidden_states=tokens)
         if args.distillation_weight:
-            counted = self._counted(inputs, outputs["logits"])
-            difference = kl_to_teacher(outputs["logits"], taught["logits"], args.distillation_temperature, counted)
+            difference = self._difference(inputs, outputs["logits"], taught["logits"])
             loss = loss + self._share * args.distillation_weight * difference
         if tokens:
             mse = kept_token_mse(outputs["hidden_states"][-1], taught["hidden_states"][-1], call.end)
@@ -359,6 +387,13 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         """Of what is added to a batch's loss, where `Trainer` does not divide that by the accumulated batches."""
         batches = getattr(self, "current_gradient_accumulation_steps", 1)
         return 1.0 if self.compute_loss_func is None else 1.0 / batches
+
+    def _difference(self, inputs: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Of logits. What they are of is in the config once a loss was computed, and follows from one label."""
+        config = self.pruned.config
+        problem = "regression" if config.num_labels == 1 else config.problem_type
+        temperature, counted = self.args.distillation_temperature, self._counted(inputs, student)
+        return difference_to_teacher(student, teacher, temperature, counted, problem)
 
     def _counted(self, inputs: dict[str, Any], logits: torch.Tensor) -> torch.Tensor | None:
         """Which tokens have logits that count; None: logits are of samples."""
@@ -373,23 +408,29 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         super().log(logs, start_time)
 
     @contextmanager
-    def _fully_pruned(self) -> Iterator[None]:
-        """The pruning that a warm-up leads to, wherever it stands."""
+    def _at_the_aim(self) -> Iterator[None]:
+        """The pruning that training leads to, wherever a schedule stands; with the values that are learned so far."""
         current = self.pruned.config.pruning
-        target = None if self._warmup is None else self._warmup.target
-        if target is None or not self.is_in_train:
+        aim = self._aim(current) if self.is_in_train else current
+        if aim == current:
             yield
             return
-        self.pruned.set_pruning(target)
+        self.pruned.set_pruning(aim)
         try:
             yield
         finally:
             self.pruned.set_pruning(current)
 
+    def _aim(self, current: PruningConfig | None) -> PruningConfig | None:
+        aim = current if self._warmup is None or self._warmup.target is None else self._warmup.target
+        if self._phases is None or self._phases.target is None or current.objective is None:
+            return aim
+        return replace(aim, objective=replace(self._phases.target, phase=current.objective.phase))
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._evaluated = []
         try:
-            with self._fully_pruned():
+            with self._at_the_aim():
                 output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             costs = self._evaluated
         finally:
@@ -402,19 +443,28 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
 
 
 class _CheckedLabels:
-    """A collator whose class labels are in range: on an accelerator the loss would fail without a word."""
+    """A collator whose class labels are in range: on an accelerator the loss would fail without a word. Whatever else
+    the collator has, it has, too."""
 
     def __init__(self, collate: Callable, names: list[str], config: Any):
         self.collate, self.names, self.config = collate, names, config
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "collate":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
     def __call__(self, rows: list) -> dict[str, Any]:
         batch = self.collate(rows)
-        for name in self.names:
-            labels = batch.get(name)
-            if not isinstance(labels, torch.Tensor) or labels.dtype != torch.long or not labels.numel():
-                continue
-            low, high = labels[labels != -100].aminmax() if (labels != -100).any() else (0, 0)
-            if low < 0 or high >= self.config.num_labels:
-                wrong = int(low if low < 0 else high)
-                raise ValueError(f"label ({wrong}) must be in [0, {self.config.num_labels - 1}]: num_labels says so")
+        labels = batch.get("labels") if "labels" in self.names and not self._regression else None
+        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.long or not (labels != -100).any():
+            return batch
+        low, high = labels[labels != -100].aminmax()
+        if low < 0 or high >= self.config.num_labels:
+            wrong = int(low if low < 0 else high)
+            raise ValueError(f"label ({wrong}) must be in [0, {self.config.num_labels - 1}]: num_labels says so")
         return batch
+
+    @property
+    def _regression(self) -> bool:
+        return self.config.num_labels == 1 or self.config.problem_type == "regression"
