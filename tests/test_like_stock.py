@@ -8,7 +8,7 @@ import torch
 from test_token_prune_trainer import BUDGET, TEXT, TOP_K, native_model, rows_of, trainer_for
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from hf_tokenprune import TokenPruneTrainer, prune
+from hf_tokenprune import TokenPruneTrainer, TokenPruneTrainingArguments, prune
 
 
 def test_whole_numbers_to_regress_to(tmp_path):
@@ -33,6 +33,12 @@ def test_the_collators_tokenizer_is_saved(tmp_path):
     trainer = TokenPruneTrainer(like.model, like.args, data_collator=collate, train_dataset=rows_of())
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "tokenizer.json").exists()
+
+
+def test_but_for_several_gpus_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(TokenPruneTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"n_gpu \(2\) must be at most 1: `accelerate launch`"):
+        trainer_for(TOP_K, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -66,7 +66,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
     Raises:
         TypeError: a model that is not ours.
         ValueError: a teacher with other labels, vocabulary or (for its tokens) width, distillation without a teacher, a
-            sandwich without budgets.
+            sandwich without budgets, several GPUs in one process.
     """
 
     args: TokenPruneTrainingArguments
@@ -96,6 +96,8 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
 
     def _check_arguments(self) -> None:
         args = self.args
+        if args.n_gpu > 1:  # replicas would share what a call collects
+            raise ValueError(f"n_gpu ({args.n_gpu}) must be at most 1: `accelerate launch` gives each GPU a process")
         if self.teacher is None and (args.distillation_weight or args.token_distillation_weight):
             raise ValueError(
                 f"distillation_weight ({args.distillation_weight}) and token_distillation_weight "
