@@ -46,6 +46,16 @@ def test_a_control_differs_in_what_it_names(tmp_path):
         Recipe.read(write_recipe(tmp_path / "recipe", pruned=PRUNED, controls={"a": {}}))
 
 
+def test_a_recipe_holds_numbers_and_mappings_as_yaml_has_them(tmp_path):
+    folder = write_recipe(tmp_path / "recipe")
+    (folder / "pruned.yaml").write_text("learning_rate: 2e-5\npruning: {preset: top_k, keep_rate: 5E-1}\n")
+    pruned = Recipe.read(folder).others["pruned"]
+    assert pruned == {"learning_rate": 2e-5, "pruning": {"preset": "top_k", "keep_rate": 0.5}}
+    (folder / "pruned.yaml").write_text("- pruning\n")
+    with pytest.raises(ValueError, match=r"pruned.yaml \(\['pruning'\]\) must hold a mapping"):
+        Recipe.read(folder)
+
+
 def test_rows_are_over_seeds_and_paired():
     def report(predicted, gmacs, seed):
         accuracy = sum(a == b for a, b in zip(predicted, [0, 1, 1, 0])) / 4

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser, ViTForImageClassification
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
+from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.training.finetune import FinetuneArguments, finetune, load_processor, load_splits
 from hf_tokenprune.training.resuming import last_whole_checkpoint
 
@@ -175,6 +176,24 @@ def test_mistakes_are_refused_before_training(room, mistake, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)):
         finetune(*parse(recipe(room, tmp_path / "wrong", **changes)))
     assert not list((tmp_path / "wrong").glob("checkpoint-*"))
+
+
+def test_a_file_holds_numbers_and_mappings_as_yaml_has_them(monkeypatch, tmp_path):
+    def read(name: str, text: str) -> tuple[FinetuneArguments, TokenPruneTrainingArguments]:
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / name)])
+        return parse_arguments(FinetuneArguments, TokenPruneTrainingArguments)
+
+    written = "use_cpu: true\nlearning_rate: 2e-5\nadam_epsilon: 1E-7\nconfig_overrides: {hidden_dropout_prob: 0}\n"
+    arguments, training = read("a.yaml", written + "pruning:\n  preset: top_k\n  layers: [1]\n  keep_rate: .5e0\n")
+    assert (training.learning_rate, training.adam_epsilon) == (2e-5, 1e-7)
+    assert json.loads(arguments.pruning) == {"preset": "top_k", "layers": [1], "keep_rate": 0.5}
+    assert json.loads(arguments.config_overrides) == {"hidden_dropout_prob": 0}
+    arguments, _ = read("a.json", json.dumps({"use_cpu": True, "pruning": {"preset": "top_k"}}))
+    assert arguments.pruning == '{"preset": "top_k"}'
+    for text, words in (("use_gpu: true", "use_gpu"), ("", r"a.yaml \(None\) must hold a mapping")):
+        with pytest.raises(ValueError, match=words):
+            read("a.yaml", text)
 
 
 @pytest.mark.parametrize("changes", [{"max_steps": 30}, {"final_temperature": 0.1}, {"max_length": 9}], ids=str)

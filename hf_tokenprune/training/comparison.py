@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ..command_line import read_mapping
 from ..metrics import paired_bootstrap
 
 
@@ -44,10 +44,7 @@ class Recipe:
     def read(cls, folder: str | Path) -> "Recipe":
         """Raises an OSError for a file that is not there, and a ValueError for one that says something else."""
         files = {name: Path(folder) / f"{name}.yaml" for name in ("baseline", "pruned", "controls")}
-        read = {name: yaml.safe_load(path.read_text()) for name, path in files.items()}
-        for name, content in read.items():
-            if not isinstance(content, dict):
-                raise ValueError(f"{files[name]} ({content!r}) must hold a mapping")
+        read = {name: read_mapping(path) for name, path in files.items()}
         pruned, controls = read["pruned"], read["controls"]
         if not pruned.get("pruning"):
             raise ValueError(f"pruning ({pruned.get('pruning')!r}) of {files['pruned']} must be given")
