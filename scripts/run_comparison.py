@@ -3,7 +3,8 @@
     python scripts/run_comparison.py --recipe recipes/minilm-20newsgroups-religion --output_dir out --seeds 0 1 2
     python scripts/run_comparison.py --recipe recipes/minilm-20newsgroups-religion --output_dir out --processes 2
 
-Each run is one call of `run_finetune.py`. Runs that are done are not done again; one that was interrupted goes on.
+Each run is one call of `run_finetune.py`. Runs that are done are not done again, and with other arguments are refused;
+one that was interrupted goes on.
 At the end the padded, the unpadded and the pruned model of the first seed are timed in turn. Writes `comparison.json`
 and `comparison.md`.
 """
@@ -22,7 +23,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from hf_tokenprune import packaged
-from hf_tokenprune.command_line import parse_arguments
+from hf_tokenprune.command_line import parse_arguments, read_mapping
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
@@ -64,32 +65,46 @@ class Comparison:
     def folder_of(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}"
 
+    def arguments_of(self, name: str, seed: int, folder: Path) -> dict[str, Any]:
+        """What a run is called with, where the runs of its seed are in `folder`."""
+        arguments = self.recipe.arguments(name, folder, seed)
+        if self.arguments.held_out_samples is not None:
+            arguments["held_out_samples"] = self.arguments.held_out_samples
+        return arguments
+
+    def check_done(self, name: str, seed: int) -> None:
+        """Raises a ValueError for a run that is done, but with other arguments than are asked for."""
+        folder = self.folder_of(seed) / name
+        if not (folder / "report.json").exists():
+            return
+        given = folder / "arguments.yaml"
+        found = read_mapping(given)
+        # Asked for where it was done: the same folder may since have moved, or be given by another path.
+        asked = self.arguments_of(name, seed, Path(found["output_dir"]).parent)
+        for argument in [*asked, *found]:
+            was, wish = found.get(argument), asked.get(argument)
+            if was != wish:
+                raise ValueError(f"{argument} ({wish!r}) must be {was!r}, as in {given}: take another output_dir")
+
     def finetune(self, name: str, seed: int) -> dict[str, Any]:
         """One run's report; the run itself, unless it is done."""
         folder = self.folder_of(seed) / name
         if not (folder / "report.json").exists():
             given = folder / "arguments.yaml"
-            arguments = self.recipe.arguments(name, self.folder_of(seed), seed)
-            if self.arguments.held_out_samples is not None:
-                arguments["held_out_samples"] = self.arguments.held_out_samples
-            write_atomically(given, yaml.safe_dump(arguments).encode())
+            write_atomically(given, yaml.safe_dump(self.arguments_of(name, seed, self.folder_of(seed))).encode())
             with open(folder / "log.txt", "ab") as log:
                 command = [sys.executable, str(FINETUNE), str(given)]
                 environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
                 done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
             if done.returncode:
                 raise RuntimeError(f"{name} of seed {seed} ended with {done.returncode}: see {folder / 'log.txt'}")
-        report = json.loads((folder / "report.json").read_text())
-        tested, asked = report["arguments"].get("held_out_samples"), self.arguments.held_out_samples
-        if tested != asked:
-            raise ValueError(
-                f"held_out_samples ({asked}) must be {tested}, as {folder} was tested with: take another output_dir"
-            )
-        return report
+        return json.loads((folder / "report.json").read_text())
 
     def run(self) -> dict[str, Any]:
         seeds, names = self.arguments.seeds, ["baseline", *self.recipe.others]
         jobs = [(name, seed) for seed in seeds for name in names]
+        for job in jobs:
+            self.check_done(*job)
         with ThreadPoolExecutor(self.arguments.processes) as pool, tqdm(total=len(jobs), desc="runs") as bar:
 
             def follow(job: tuple[str, int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A recipe and its controls: what each run is called with, what their reports say, and the command on a tiny model."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,32 @@ def test_the_command(tmp_path):
     assert again.returncode == 0 and report.stat().st_mtime_ns == before  # what is done is not done again
     other = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert other.returncode == 1 and "ValueError: held_out_samples (None) must be 7" in other.stderr
+
+
+def test_a_done_run_with_other_arguments_is_refused(tmp_path):
+    run_comparison = runpy.run_path(str(SCRIPT))
+
+    def check(folder: Path, seed: int = 4, **pruned: object) -> None:
+        recipe = write_recipe(tmp_path / "recipe", pruned=PRUNED | pruned)
+        arguments = run_comparison["ComparisonArguments"](str(recipe), str(folder), [seed])
+        comparison = run_comparison["Comparison"](arguments)
+        for name in ("baseline", "pruned", "control"):
+            comparison.check_done(name, seed)
+
+    recipe = Recipe.read(write_recipe(tmp_path / "recipe"))
+    for name in ("baseline", *recipe.others):
+        folder = tmp_path / "out" / "seed-4" / name
+        folder.mkdir(parents=True)
+        (folder / "arguments.yaml").write_text(yaml.safe_dump(recipe.arguments(name, folder.parent, 4)))
+        (folder / "report.json").touch()
+    check(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"max_steps \(3\) must be 2, as in .*pruned.*: take another output_dir"):
+        check(tmp_path / "out", max_steps=3)
+    with pytest.raises(ValueError, match=r"weight_decay \(0.1\) must be None"):
+        check(tmp_path / "out", weight_decay=0.1)
+    check(tmp_path / "out", seed=5, max_steps=3)  # nothing is done of that seed
+    (tmp_path / "out").rename(tmp_path / "moved")
+    check(tmp_path / "moved")
 
 
 @pytest.mark.parametrize("folder", sorted((SCRIPT.parents[1] / "recipes").iterdir()), ids=lambda folder: folder.name)
