@@ -167,6 +167,9 @@ MISTAKES = {
     "budget": ({"pruning": json.dumps({**PRUNING, "objective": {"name": "budget", "target_macs": 0.01}})}, "at least"),
     "samples": ({"max_test_samples": 0}, "max_test_samples (0) must be >= 1"),
     "held out": ({"held_out_samples": 96}, "held_out_samples (96) must be in [1, 95], of 96 to train on"),
+    "batches apart": ({"eval_do_concat_batches": False}, "eval_do_concat_batches (False) must be True"),
+    "batch by batch": ({"batch_eval_metrics": True}, "batch_eval_metrics (True) must be False"),
+    "no logits": ({"prediction_loss_only": True}, "prediction_loss_only (True) must be False"),
 }
 
 

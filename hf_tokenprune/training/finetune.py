@@ -38,6 +38,8 @@ from .resuming import last_whole_checkpoint
 from .trainer import TokenPruneTrainer
 
 
+# What `accuracy` needs: the logits of all test inputs, in one array, at once.
+NEEDED = {"eval_do_concat_batches": True, "batch_eval_metrics": False, "prediction_loss_only": False}
 STEPS = (
     "seed",
     "learning_rate",
@@ -110,6 +112,13 @@ def load_classifier(kind: type, source: str | Path, labels: list[str], overrides
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return Accuracy().compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+
+
+def check_testing(training: TokenPruneTrainingArguments) -> None:
+    for name, needed in NEEDED.items():
+        value = getattr(training, name)
+        if bool(value) != needed:
+            raise ValueError(f"{name} ({value}) must be {needed}: the accuracy is of the logits of all test inputs")
 
 
 def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> TokenPruneTrainer:
@@ -186,6 +195,7 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
     Raises:
         ImportError, OSError, TypeError, ValueError: arguments that do not fit, before it trains.
     """
+    check_testing(training)
     folder = Path(training.output_dir)
     last = last_whole_checkpoint(folder)
     check_same_run(folder / "run.json", asdict(arguments) | _decisive(training), last)
