@@ -314,13 +314,37 @@ def test_a_type_that_only_later_blocks_have(room, tmp_path):
         predict_dataset(wish(room, tmp_path / "out2", data_files=files, id_column=None, keep_columns=None))
 
 
-def test_images(tmp_path):
+def save_image_model(folder: Path, processor: dict) -> ViTForImageClassification:
     torch.manual_seed(0)
     model = ViTForImageClassification(tiny.VIT).eval()
-    model.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}})
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model
+
+
+SQUARE = {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}}
+
+
+def test_a_processor_without_one_size_is_refused(tmp_path):
+    processor = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 24}, "do_center_crop": False}
+    save_image_model(tmp_path / "model", processor)
+    features = datasets.Features({"image": datasets.Image()})
+    pixels = [np.zeros((24, 30, 3), dtype=np.uint8)]
+    datasets.Dataset.from_dict({"image": pixels}, features=features).save_to_disk(tmp_path / "data")
+    arguments = PredictionArguments(
+        model_name_or_path=str(tmp_path / "model"),
+        dataset_name=str(tmp_path / "data"),
+        image_column="image",
+        output_dir=str(tmp_path / "out"),
     )
+    with pytest.raises(
+        SystemExit, match=r"ValueError: size \({'shortest_edge': 24}\) of the image processor must be a height"
+    ):
+        predict_dataset(arguments)
+
+
+def test_images(tmp_path):
+    model = save_image_model(tmp_path / "model", SQUARE)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 3), dtype=np.uint8)
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": list(pixels)}, features=features).save_to_disk(tmp_path / "data")

@@ -152,8 +152,14 @@ def _max_length(asked: int | None, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def _tokens_of_an_image(model: PreTrainedModel, processor: Any) -> int:
-    size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else processor.size
-    height, width = (size[side] for side in ("height", "width"))
+    name = "crop_size" if getattr(processor, "do_center_crop", False) else "size"
+    size = {side: pixels for side, pixels in dict(getattr(processor, name, None) or {}).items() if pixels is not None}
+    height, width = (size.get(side) for side in ("height", "width"))
+    if height is None or width is None:
+        raise ValueError(
+            f"{name} ({size}) of the image processor must be a height and a width, or do_center_crop true with a "
+            "crop_size: the images of a batch have one size"
+        )
     patch = model.config.patch_size
     return model.base_model.structural_tokens + (height // patch) * (width // patch)
 
