@@ -314,6 +314,13 @@ def test_a_type_that_only_later_blocks_have(room, tmp_path):
         predict_dataset(wish(room, tmp_path / "out2", data_files=files, id_column=None, keep_columns=None))
 
 
+def test_a_missing_text_in_csv(room, tmp_path):
+    (tmp_path / "data.csv").write_text('text,other\nw4,1\n"",2\n')
+    changes = {"data_files": [str(tmp_path / "data.csv")], "id_column": None, "keep_columns": None}
+    with pytest.raises(SystemExit, match=r"row 1: text \(None\) must have a value.* write JSON lines or Parquet"):
+        predict_dataset(wish(room, tmp_path / "out", **changes))
+
+
 def save_image_model(folder: Path, processor: dict) -> ViTForImageClassification:
     torch.manual_seed(0)
     model = ViTForImageClassification(tiny.VIT).eval()
@@ -323,6 +330,21 @@ def save_image_model(folder: Path, processor: dict) -> ViTForImageClassification
 
 
 SQUARE = {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}}
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    save_image_model(tmp_path / "model", SQUARE)
+    good = datasets.Image().encode_example(np.zeros((24, 24, 3), dtype=np.uint8))["bytes"]
+    features = datasets.Features({"image": datasets.Image()})
+    given = {"model_name_or_path": str(tmp_path / "model"), "image_column": "image", "rows_per_shard": 3}
+    for name, bad in {"none": b"no image", "torn": good[: len(good) // 2]}.items():
+        values = [{"bytes": each, "path": None} for each in [good] * 4 + [bad]]
+        rows = datasets.Dataset.from_dict({"image": values}, features=features)
+        rows.save_to_disk(tmp_path / name)
+        output = tmp_path / f"{name}-out"
+        with pytest.raises(SystemExit, match="row 4: the image cannot be read: "):
+            predict_dataset(PredictionArguments(dataset_name=str(tmp_path / name), output_dir=str(output), **given))
+        assert (output / "part-000000.parquet").exists()
 
 
 def test_a_processor_without_one_size_is_refused(tmp_path):

@@ -7,6 +7,8 @@ import datasets
 import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from .arguments import PredictionError, one_line
+
 
 class Encoded(Protocol):
     """The rows of one shard, ready for the model.
@@ -43,7 +45,7 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
 
-    def __call__(self, texts: list[str]) -> EncodedTexts:
+    def __call__(self, texts: list[str], start: int) -> EncodedTexts:
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=True)
         padding = {
             "input_ids": self.tokenizer.pad_token_id or 0,
@@ -56,16 +58,29 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """values: the images as they are stored. They are decoded by the batch, because as pixels they are much larger."""
+    """values: the images as they are stored. They are decoded by the batch, because as pixels they are much larger.
+
+    start: the row of the first, counted from the beginning of the data.
+    """
 
     values: list[dict[str, Any]]
+    start: int
     processor: BaseImageProcessor
     feature: datasets.Image
     lengths: list[int]
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:  # [B, 3, H, W]
-        images = [self.feature.decode_example(self.values[row]).convert("RGB") for row in rows]
+        images = [self._decoded(row) for row in rows]
         return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
+
+    def _decoded(self, row: int) -> Any:
+        """The image, in colour. Raises a PredictionError that names the row."""
+        try:
+            return self.feature.decode_example(self.values[row]).convert("RGB")
+        except Exception as error:  # a decoder for each kind of file, each with errors of its own
+            raise PredictionError(
+                f"row {self.start + row}: the image cannot be read: {type(error).__name__}: {one_line(error)}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -76,8 +91,8 @@ class ImageEncoder:
     feature: datasets.Image
     tokens: int
 
-    def __call__(self, values: list[dict[str, Any]]) -> EncodedImages:
-        return EncodedImages(values, self.processor, self.feature, [self.tokens] * len(values))
+    def __call__(self, values: list[dict[str, Any]], start: int) -> EncodedImages:
+        return EncodedImages(values, start, self.processor, self.feature, [self.tokens] * len(values))
 
 
 def token_batches(lengths: list[int], max_tokens: int, max_rows: int) -> list[list[int]]:

@@ -40,14 +40,14 @@ class Predictor:
 
     Args:
         model: one of ours, in eval mode, on its device.
-        encode: values of the data to an `Encoded`.
+        encode: values of the data, and the row of the first, to an `Encoded`.
         head: the model and its inputs to one row of numbers each, [B, D] or [B, C].
         columns: these rows, [R, D] or [R, C] in float32, to columns of results.
         features: of the columns of results.
     """
 
     model: PreTrainedModel
-    encode: Callable[[list[Any]], Encoded]
+    encode: Callable[[list[Any], int], Encoded]
     head: Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor]
     columns: Callable[[torch.Tensor], dict[str, pa.Array]]
     features: datasets.Features

@@ -118,7 +118,10 @@ def check_values(values: list[Any], column: str, start: int) -> None:
     """
     for row, value in enumerate(values, start):
         if value is None:
-            raise PredictionError(f"row {row}: {column} (None) must have a value; an empty text is one")
+            raise PredictionError(
+                f"row {row}: {column} (None) must have a value; an empty text is one, but CSV tells neither it nor NA "
+                "from no value: write JSON lines or Parquet"
+            )
 
 
 def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, int | None]:

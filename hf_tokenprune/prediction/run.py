@@ -216,7 +216,7 @@ def tasks(job: Job, shards: dict[int, ShardInfo]) -> Iterator[Task | int]:
             continue
         values = table[job.rows.column].to_pylist()
         check_values(values, job.rows.column, number * size)
-        yield Task(number, table, job.predictor.encode(values), position, passed)
+        yield Task(number, table, job.predictor.encode(values, number * size), position, passed)
         passed = 0
     yield total
 
