@@ -11,6 +11,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -312,6 +314,19 @@ def test_a_type_that_only_later_blocks_have(room, tmp_path):
     (tmp_path / "1.jsonl").write_text('{"text": "w5"}\n{"text": ')
     with pytest.raises(SystemExit, match="the data cannot be read on"):
         predict_dataset(wish(room, tmp_path / "out2", data_files=files, id_column=None, keep_columns=None))
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_an_empty_parquet_file_among_others(tmp_path, empty):
+    (tmp_path / "data").mkdir()
+    for part in range(3):
+        values = [] if part == empty else [f"{part} {row}" for row in range(5)]
+        pq.write_table(pa.table({"text": pa.array(values, pa.string())}), tmp_path / "data" / f"{part}.parquet")
+    files = [str(tmp_path / "data" / f"{part}.parquet") for part in range(3)]
+    for source in ({"data_files": files}, {"dataset_name": str(tmp_path / "data")}):
+        rows = open_rows(PredictionArguments(**source))
+        texts = [text for table, _ in rows.tables(4) for text in table["text"].to_pylist()]
+        assert texts == [f"{part} {row}" for part in range(3) if part != empty for row in range(5)]
 
 
 def test_a_missing_text_in_csv(room, tmp_path):

@@ -26,6 +26,7 @@ _KINDS = {
     ".txt": "text",
 }
 _UNTYPED = datasets.Value("null")
+_PARQUET_BLOCK = 1000
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,10 @@ def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, int
     wish = {
         # One kind of local files, whatever they are called, is the split that was asked for.
         "data_files": {split: files} if files and name in _KINDS.values() else files,
-        "split": split,
         "revision": arguments.dataset_revision,
-        "streaming": True,
     }
     try:
-        stream = datasets.load_dataset(name, arguments.dataset_config, **wish)
+        stream = _stream(name, arguments.dataset_config, split, wish)
     except StopIteration:  # of the first file's first block
         raise ValueError(_no_rows(arguments)) from None
     if stream.features and _UNTYPED in stream.features.values():
@@ -151,9 +150,17 @@ def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, int
         text = datasets.Value("string")
         features = {key: text if feature == _UNTYPED else feature for key, feature in stream.features.items()}
         wish["features"] = datasets.Features(features)
-        stream = datasets.load_dataset(name, arguments.dataset_config, **wish)
+        stream = _stream(name, arguments.dataset_config, split, wish)
     known = (stream.info.splits or {}).get(split)
     return stream, known and known.num_examples
+
+
+def _stream(name: str, config: str | None, split: str, wish: dict) -> datasets.IterableDataset:
+    builder = datasets.load_dataset_builder(name, config, **wish)
+    if builder.name == "parquet":
+        # By default a block is as long as the first group of rows, which in an empty file is no length for one.
+        builder.config.batch_size = _PARQUET_BLOCK
+    return builder.as_streaming_dataset(split=split)
 
 
 def _kind(file: str) -> str:
