@@ -26,6 +26,7 @@ from transformers import (
 
 from hf_tokenprune import packaged, prune
 from hf_tokenprune.prediction import PredictionArguments, predict_dataset
+from hf_tokenprune.prediction.arguments import PredictionError
 from hf_tokenprune.prediction.inputs import token_batches
 from hf_tokenprune.prediction.rows import open_rows
 
@@ -314,6 +315,48 @@ def test_a_type_that_only_later_blocks_have(room, tmp_path):
     (tmp_path / "1.jsonl").write_text('{"text": "w5"}\n{"text": ')
     with pytest.raises(SystemExit, match="the data cannot be read on"):
         predict_dataset(wish(room, tmp_path / "out2", data_files=files, id_column=None, keep_columns=None))
+
+
+def late(tmp_path: Path, first: list[str], then: list[str]) -> Path:
+    """CSV whose columns change in the second block that pandas reads, after 10,000 rows."""
+    path = tmp_path / "late.csv"
+    path.write_text("text,id,score,seen\n" + "".join(f"w4,{row}\n" for row in [*first, *then]))
+    return path
+
+
+def test_csv_has_one_type_for_each_column(tmp_path):
+    large = 2**62 + 1  # a float would round it
+    first = [f"{large + row},,True" for row in range(9999)] + ["-7,,false"]
+    path = late(tmp_path, first, [f"{large},3,True", ",,", " +5,4,", "007,,TRUE"] * 5)
+    keep = ["id", "score", "seen"]
+    rows = open_rows(PredictionArguments(data_files=[str(path)], keep_columns=keep))
+    found = list(rows.tables(4095))
+    assert [[str(field.type) for field in table.schema][1:] for table, _ in found] == [["int64", "double", "bool"]] * 3
+    values = datasets.concatenate_datasets([datasets.Dataset(table) for table, _ in found])
+    assert values["id"][:10000] == [large + row for row in range(9999)] + [-7]
+    assert values["id"][10000:] == [large, None, 5, 7] * 5
+    assert values["seen"][9998:10004] == [True, False, True, None, None, True]
+    for number, (_, position) in enumerate(found):
+        rest = [table.to_pydict() for table, _ in rows.tables(4095, json.loads(json.dumps(position)))]
+        assert rest == [table.to_pydict() for table, _ in found[number:]]
+
+
+def test_csv_with_a_missing_number_at_its_beginning(tmp_path):
+    path = late(tmp_path, [f"{row or ''},0.5,True" for row in range(10000)], ["8,1,True"] * 20)
+    rows = open_rows(PredictionArguments(data_files=[str(path)], keep_columns=["id", "score"]))
+    (table, _), *_ = rows.tables(10020)
+    assert table["id"][-1].as_py() == 8.0 and table["id"][0].as_py() is None and len(table) == 10020
+
+
+def test_csv_with_another_type_later_is_refused(tmp_path):
+    path = late(tmp_path, ["1,0.5,True"] * 10000, ["1.5,1,True"])
+    rows = open_rows(PredictionArguments(data_files=[str(path)], keep_columns=["id"]))
+    with pytest.raises(
+        PredictionError, match=r"column 'id' must be int64 in every row.*'1\.5'.*Leave it out, or write"
+    ):
+        list(rows.tables(5000))
+    rows = open_rows(PredictionArguments(data_files=[str(path)]))
+    assert sum(len(table) for table, _ in rows.tables(5000)) == 10001  # only what is copied matters
 
 
 @pytest.mark.parametrize("empty", [0, 1, 2])

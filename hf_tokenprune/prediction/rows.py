@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .. import packaged
 from .arguments import PredictionArguments, PredictionError, one_line
@@ -26,6 +27,7 @@ _KINDS = {
     ".txt": "text",
 }
 _UNTYPED = datasets.Value("null")
+_TEXT = datasets.Value("string")
 _PARQUET_BLOCK = 1000
 
 
@@ -34,8 +36,8 @@ class Rows:
     """A stream of the columns that are needed.
 
     Args:
-        stream: it.
-        features: of these columns.
+        stream: it; of CSV, whole numbers and truth values come as text.
+        features: of these columns in the tables.
         column: the one that the model reads.
         count: how many rows there are, None if only the end will tell.
     """
@@ -60,8 +62,24 @@ class Rows:
             stream.load_state_dict(position)
         before, tables = stream.state_dict(), stream.iter(batch_size=size)
         while (table := _next_table(tables)) is not None:
-            yield table, before
+            yield self._typed(table), before
             before = stream.state_dict()
+
+    def _typed(self, table: pa.Table) -> pa.Table:
+        for index, name in enumerate(table.column_names):
+            if self.stream.features is None or self.stream.features[name] == self.features[name]:
+                continue
+            # pandas, which found the type, takes blanks and a plus.
+            text = pc.replace_substring_regex(pc.utf8_trim_whitespace(table[name]), r"^\+", "")
+            field = self.features.arrow_schema.field(name)
+            try:
+                table = table.set_column(index, field, text.cast(field.type))
+            except pa.ArrowInvalid as error:
+                raise PredictionError(
+                    f"column {name!r} must be {field.type} in every row, as in the first ones: {one_line(error)}. "
+                    "Leave it out, or write Parquet, where a column has one type"
+                ) from error
+        return table
 
 
 def _next_table(tables: Iterator[pa.Table]) -> pa.Table | None:
@@ -71,6 +89,10 @@ def _next_table(tables: Iterator[pa.Table]) -> pa.Table | None:
         raise PredictionError(f"the data cannot be read on: {type(error).__name__}: {one_line(error)}") from error
 
 
+def _first_row(stream: datasets.IterableDataset) -> pa.Table | None:
+    return _next_table(stream.with_format("arrow").iter(batch_size=1))
+
+
 def open_rows(arguments: PredictionArguments) -> Rows:
     """The data as asked for. Only its first rows are read.
 
@@ -78,11 +100,11 @@ def open_rows(arguments: PredictionArguments) -> Rows:
         ValueError: no rows, a column that is not there or holds neither text nor images.
         OSError: no such data set.
     """
-    stream, count = _open(arguments)
+    stream, known, count = _open(arguments)
     if arguments.max_rows is not None:
         stream = stream.take(arguments.max_rows)
         count = None if count is None else min(count, arguments.max_rows)
-    first = _next_table(stream.with_format("arrow").iter(batch_size=1))
+    first = _first_row(stream)
     if first is None:
         raise ValueError(_no_rows(arguments))
     column = arguments.image_column or arguments.text_column
@@ -90,7 +112,7 @@ def open_rows(arguments: PredictionArguments) -> Rows:
     for wish in wanted:
         if wish not in first.column_names:
             raise ValueError(f"column {wish!r} is not in {_name(arguments)}; it has {first.column_names}")
-    known = stream.features or datasets.Features.from_arrow_schema(first.schema)
+    known = known or datasets.Features.from_arrow_schema(first.schema)
     features = datasets.Features({wish: known[wish] for wish in wanted})
     _check_column(column, features[column], images=arguments.image_column is not None)
     return Rows(stream.select_columns(wanted), features, column, count)
@@ -125,8 +147,8 @@ def check_values(values: list[Any], column: str, start: int) -> None:
             )
 
 
-def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, int | None]:
-    """The stream of all columns, and how many rows it has if that is known."""
+def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, datasets.Features | None, int | None]:
+    """The stream of all columns, their features, and how many rows it has; the last two None if they are not known."""
     name, split = arguments.dataset_name, arguments.split
     if name in packaged.available_datasets():
         return _one_split(packaged.load_dataset(name), name, split)
@@ -142,25 +164,34 @@ def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, int
         "revision": arguments.dataset_revision,
     }
     try:
-        stream = _stream(name, arguments.dataset_config, split, wish)
+        stream, kind = _stream(name, arguments.dataset_config, split, wish)
     except StopIteration:  # of the first file's first block
         raise ValueError(_no_rows(arguments)) from None
-    if stream.features and _UNTYPED in stream.features.values():
+    features = stream.features
+    if features is None and kind == "csv" and (first := _first_row(stream)) is not None:
+        features = datasets.Features.from_arrow_schema(first.schema)
+    if features and (kind == "csv" or _UNTYPED in features.values()):
         # A column without any value in the first block; later ones may have text there.
-        text = datasets.Value("string")
-        features = {key: text if feature == _UNTYPED else feature for key, feature in stream.features.items()}
-        wish["features"] = datasets.Features(features)
-        stream = _stream(name, arguments.dataset_config, split, wish)
+        features = {key: _TEXT if feature == _UNTYPED else feature for key, feature in features.items()}
+        features = datasets.Features(features)
+        read = {key: _TEXT if kind == "csv" and _whole(feature) else feature for key, feature in features.items()}
+        stream, _ = _stream(name, arguments.dataset_config, split, wish | {"features": datasets.Features(read)})
     known = (stream.info.splits or {}).get(split)
-    return stream, known and known.num_examples
+    return stream, features, known and known.num_examples
 
 
-def _stream(name: str, config: str | None, split: str, wish: dict) -> datasets.IterableDataset:
+def _stream(name: str, config: str | None, split: str, wish: dict) -> tuple[datasets.IterableDataset, str]:
+    """A data set's rows, and the kind of its files."""
     builder = datasets.load_dataset_builder(name, config, **wish)
     if builder.name == "parquet":
         # By default a block is as long as the first group of rows, which in an empty file is no length for one.
         builder.config.batch_size = _PARQUET_BLOCK
-    return builder.as_streaming_dataset(split=split)
+    return builder.as_streaming_dataset(split=split), builder.name
+
+
+def _whole(feature: Any) -> bool:
+    """Whether pandas gives it another type in a block with a missing value: float, which rounds what is large."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("bool", "int", "uint"))
 
 
 def _kind(file: str) -> str:
@@ -170,12 +201,12 @@ def _kind(file: str) -> str:
     raise ValueError(f"{file}: its ending must be one of {', '.join(_KINDS)}, or dataset_name must name the kind")
 
 
-def _one_split(data: Any, name: str, split: str) -> tuple[datasets.IterableDataset, int]:
+def _one_split(data: Any, name: str, split: str) -> tuple[datasets.IterableDataset, datasets.Features, int]:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise ValueError(f"{name} has no split {split!r}; it has {sorted(data)}")
         data = data[split]
-    return data.with_format(None).to_iterable_dataset(), len(data)
+    return data.with_format(None).to_iterable_dataset(), data.features, len(data)
 
 
 def _name(arguments: PredictionArguments) -> str:
