@@ -71,7 +71,7 @@ def test_candidates_find_the_memory_that_others_gave_back():
     pages_taken()
     assert pages_taken() > 1000
     time_interleaved({"a": lambda: taken.append(pages_taken())}, rounds=3, device="cpu")
-    assert taken[0] > 1000 and max(taken[1:]) < 10
+    assert max(taken[1:]) < 10
     pages_taken()
     assert pages_taken() > 1000  # what the user's process does afterwards is as before
 
