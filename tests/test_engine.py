@@ -127,6 +127,12 @@ def test_the_bound_of_a_speedup():
     assert speedup_bound(fast, fast) == 1.0
 
 
+def test_quartiles_lie_within_what_was_measured():
+    assert Timing((1.0, 2.0)).spread == (1.25, 1.75)
+    assert Timing((10.0, 1.0, 2.0)).spread == (1.5, 6.0)
+    assert Timing((3.0,)).spread == (3.0, 3.0)
+
+
 def test_no_round_is_begun_after_the_time_is_up():
     timings = time_interleaved({"a": lambda: None}, rounds=50, seconds=0.0)
     assert len(timings["a"].seconds) == 3

@@ -25,7 +25,9 @@ class Timing:
     @property
     def spread(self) -> tuple[float, float]:
         """The quartiles."""
-        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (self.median,) * 3
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")  # never beyond what was measured
         return low, high
 
     def percentile(self, percent: float) -> float:
