@@ -18,3 +18,15 @@ def test_what_the_engine_gains_without_pruning_is_not_called_padding_alone():
     words = said(timings(0.5))
     assert words.startswith("Worth it: in batches of 8 on cpu pruning gains 2.00x (at least 2.00x) over the unpadded")
     assert "(no padding, no last-layer tokens that nobody reads) gains 1.20x over the stock model" in words
+
+
+def test_where_nothing_was_pruned_nothing_is_praised():
+    words = said(timings(0.5), {1: timings(1.0), 8: timings(0.5)}, macs=0.9995)
+    assert words.startswith("Not worth it: ") and "It took nothing away from these inputs" in words
+    assert "leave it off there" not in words
+
+
+def test_sizes_at_which_it_loses_are_other_sizes():
+    words = said(timings(0.5), {1: timings(1.1), 4: timings(1.0), 8: timings(1.0)})
+    assert words.startswith("Worth it: in batches of 8 ") and "At 1 and 4 inputs a batch it gains nothing" in words
+    assert "leave it off" not in said(timings(0.5), {8: timings(1.0)})

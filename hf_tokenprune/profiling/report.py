@@ -16,6 +16,7 @@ LAYER_TOKENS = "tokens that leave each layer"
 ALLOCATED = "peak memory allocated by the first batch"
 
 WORTH_IT = 1.03  # a speed-up below this is not told from the clock's own spread
+NOTHING_PRUNED = 0.999  # of the multiply-accumulates: above it a speed-up is not the pruning's
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,21 @@ def verdict(
     """
     gain, least = (measure(timings["unpadded"], timings["pruned"]) for measure in (speedup, speedup_bound))
     padding = speedup(timings["padded"], timings["unpadded"])
+    pays = least > WORTH_IT and macs < NOTHING_PRUNED
     words = (
-        f"{'Worth it' if least > WORTH_IT else 'Not worth it'}: in batches of {size} on {device} pruning gains "
+        f"{'Worth it' if pays else 'Not worth it'}: in batches of {size} on {device} pruning gains "
         f"{gain:.2f}x (at least {least:.2f}x) over the unpadded model, for {macs:.2f} of its multiply-accumulates "
         f"(realised: {gain * macs:.2f})."
     )
+    if macs >= NOTHING_PRUNED:
+        words += " It took nothing away from these inputs: no gain here is its own."
     words += (
         " This engine with nothing pruned (no padding, no last-layer tokens that nobody reads) gains "
         f"{padding:.2f}x over the stock model and is not counted here."
     )
-    losing = [n for n, each in by_batch_size.items() if speedup(each["unpadded"], each["pruned"]) < WORTH_IT]
-    if losing and least > WORTH_IT:
+    others = {n: each for n, each in by_batch_size.items() if n != size}  # of `size` all batches were timed above
+    losing = [n for n, each in others.items() if speedup(each["unpadded"], each["pruned"]) < WORTH_IT]
+    if losing and pays:
         words += f" At {_listed(losing)} inputs a batch it gains nothing: leave it off there."
     return words
 
