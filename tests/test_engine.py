@@ -127,6 +127,12 @@ def test_the_bound_of_a_speedup():
     assert speedup_bound(fast, fast) == 1.0
 
 
+@pytest.mark.parametrize("rounds", [1, 3, 4, 5])
+def test_a_bound_takes_five_rounds(rounds):
+    slow, fast = (Timing((seconds,) * rounds) for seconds in (2.0, 1.0))
+    assert speedup_bound(slow, fast) == (2.0 if rounds == 5 else 0.0)
+
+
 def test_quartiles_lie_within_what_was_measured():
     assert Timing((1.0, 2.0)).spread == (1.25, 1.75)
     assert Timing((10.0, 1.0, 2.0)).spread == (1.5, 6.0)

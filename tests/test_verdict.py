@@ -30,3 +30,9 @@ def test_sizes_at_which_it_loses_are_other_sizes():
     words = said(timings(0.5), {1: timings(1.1), 4: timings(1.0), 8: timings(1.0)})
     assert words.startswith("Worth it: in batches of 8 ") and "At 1 and 4 inputs a batch it gains nothing" in words
     assert "leave it off" not in said(timings(0.5), {8: timings(1.0)})
+
+
+def test_few_rounds_show_nothing():
+    words = said(timings(0.5, rounds=4))
+    assert words.startswith("Not shown to be worth it: ") and "2.00x (rounds: 4, too few for a bound)" in words
+    assert said(timings(0.5, rounds=5)).startswith("Worth it: ")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .figures import SHOWN, Figure, Value, batch_times
-from .latency import Timing, speedup, speedup_bound
+from .latency import FEWEST, Timing, speedup, speedup_bound
 from .machine import machine_line
 
 
@@ -95,11 +95,13 @@ def verdict(
     """
     gain, least = (measure(timings["unpadded"], timings["pruned"]) for measure in (speedup, speedup_bound))
     padding = speedup(timings["padded"], timings["unpadded"])
+    rounds = len(timings["pruned"].seconds)
+    bound = f"at least {least:.2f}x" if rounds >= FEWEST else f"rounds: {rounds}, too few for a bound"
     pays = least > WORTH_IT and macs < NOTHING_PRUNED
+    shown = "Worth it" if pays else "Not worth it" if rounds >= FEWEST else "Not shown to be worth it"
     words = (
-        f"{'Worth it' if pays else 'Not worth it'}: in batches of {size} on {device} pruning gains "
-        f"{gain:.2f}x (at least {least:.2f}x) over the unpadded model, for {macs:.2f} of its multiply-accumulates "
-        f"(realised: {gain * macs:.2f})."
+        f"{shown}: in batches of {size} on {device} pruning gains {gain:.2f}x ({bound}) over the unpadded model, for "
+        f"{macs:.2f} of its multiply-accumulates (realised: {gain * macs:.2f})."
     )
     if macs >= NOTHING_PRUNED:
         words += " It took nothing away from these inputs: no gain here is its own."

@@ -17,7 +17,7 @@ from .arguments import ProfileArguments
 from .baselines import time_against_baselines
 from .energy import measure_energy
 from .figures import Figure, batch_times, mean_of_inputs, median_of, quartiles, share_of_inputs, times
-from .latency import Timing, time_interleaved
+from .latency import FEWEST, Timing, time_interleaved
 from .machine import describe_machine, machine_line
 from .macs import MacCount, count_call
 from .memory import peak_memory, peak_resident
@@ -84,7 +84,15 @@ class Session:
             by_batch_size=by_batch_size,
             curve=self.curve(),
             verdict=verdict(timings, by_batch_size, left, self.size, str(self.where["device"])),
-            notes=[*notes, *_of_the_cpu(self.subject.device), *size_notes, *_few(main), *flop_notes, *energy_notes],
+            notes=[
+                *notes,
+                *_of_the_cpu(self.subject.device),
+                *size_notes,
+                *_too_few(timings),
+                *_few(main),
+                *flop_notes,
+                *energy_notes,
+            ],
         )
 
     def operators(self) -> list[Figure]:
@@ -266,6 +274,13 @@ def _of_the_cpu(device: torch.device) -> list[str]:
 
 def _call(model: PreTrainedModel, batch: Batch) -> Callable[[], object]:
     return lambda: model(**batch)
+
+
+def _too_few(timings: dict[str, Timing]) -> list[str]:
+    rounds = len(timings["pruned"].seconds)
+    if rounds >= FEWEST:
+        return []
+    return [f"{rounds} rounds are too few for the bounds of the speed-ups, which are 0 here: they take {FEWEST}."]
 
 
 def _few(timings: dict[str, Timing]) -> list[str]:
