@@ -12,7 +12,12 @@ from . import packaged
 
 
 def load_classification(
-    name: str, *, config: str | None = None, input_column: str = "text", label_column: str = "label"
+    name: str,
+    *,
+    config: str | None = None,
+    input_column: str = "text",
+    label_column: str = "label",
+    labelled: bool = True,
 ) -> datasets.DatasetDict:
     """Loads a data set and brings it to the columns `text` (str) or `image` (Image), and `label` (ClassLabel).
 
@@ -22,6 +27,7 @@ def load_classification(
         name: a packaged set's short name, a Hub id, a folder that `datasets` reads, or a `.csv`, `.json`, `.jsonl` or
             `.parquet` file.
         config: the data set's configuration, where it has several.
+        labelled: whether `label` must be there; if not, it is as the file has it, and is missing where that has none.
 
     Raises:
         ValueError: data that cannot be read or have no rows, columns that are not there, or no split to train on.
@@ -29,14 +35,19 @@ def load_classification(
     splits = _load(name, config, label_column)
     if not all(map(len, splits.values())):
         raise ValueError(_no_rows(name))
-    for column in (input_column, label_column):
+    columns = [input_column]
+    if labelled or all(label_column in split.column_names for split in splits.values()):
+        columns.append(label_column)
+    for column in columns:
         if column not in splits["train"].column_names:
             raise ValueError(f"column {column!r} is not in {name}; it has {splits['train'].column_names}")
-    splits = splits.select_columns([input_column, label_column])
+    splits = splits.select_columns(columns)
     kind = "image" if isinstance(splits["train"].features[input_column], datasets.Image) else "text"
-    splits = splits.rename_columns({a: b for a, b in ((input_column, kind), (label_column, "label")) if a != b})
-    if isinstance(splits["train"].features["label"], datasets.ClassLabel):
+    splits = splits.rename_columns({a: b for a, b in zip(columns, (kind, "label")) if a != b})
+    if not labelled or isinstance(splits["train"].features["label"], datasets.ClassLabel):
         return splits
+    if not isinstance(splits["train"].features["label"], datasets.Value):
+        raise ValueError(f"column {label_column!r} of {name} must hold one class a row")
     return _encode_labels(splits)
 
 
@@ -58,13 +69,14 @@ class DataArguments:
         metadata={"help": "Pixels of the side that images are brought to; the processor's own if not given."},
     )
 
-    def load(self) -> datasets.DatasetDict:
+    def load(self, *, labelled: bool = True) -> datasets.DatasetDict:
         """As `load_classification`."""
         return load_classification(
             self.dataset_name,
             config=self.dataset_config,
             input_column=self.image_column or self.text_column,
             label_column=self.label_column,
+            labelled=labelled,
         )
 
 
@@ -95,8 +107,14 @@ def _load(name: str, config: str | None, label_column: str) -> datasets.DatasetD
     splits = _read(name, name, config)
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
+    unlabelled = label_column not in splits["train"].column_names
     test = next(
-        (split for split in ("test", "validation") if split in splits and _labelled(splits[split], label_column)), None
+        (
+            split
+            for split in ("test", "validation")
+            if split in splits and (unlabelled or _labelled(splits[split], label_column))
+        ),
+        None,
     )
     if test is None:
         return _set_a_fifth_aside(splits["train"], name)
@@ -161,4 +179,4 @@ def read_images(
 def _pixels(rows: dict[str, list], processor: BaseImageProcessor, sizes: dict[str, Any]) -> dict[str, list]:
     images = [image.convert("RGB") for image in rows["image"]]
     pixels = processor(images, return_tensors="pt", **sizes)["pixel_values"]
-    return {"pixel_values": list(pixels), "labels": rows["label"]}
+    return {"pixel_values": list(pixels)} | ({"labels": rows["label"]} if "label" in rows else {})

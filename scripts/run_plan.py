@@ -104,7 +104,7 @@ def measure(
 def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:
     """The inputs in batches with their labels."""
     if subject.labels is None:
-        raise ValueError("dataset_name (None) must be given: this needs labels")
+        raise ValueError(f"search and held_back must have labels, and there are none: {subject.unlabelled}")
     labels = torch.tensor(subject.labels, device=subject.device).split(size)
     return [batch | {"labels": own} for batch, own in zip(subject.batches(size), labels)]
 
@@ -191,6 +191,8 @@ def main() -> None:
     try:
         (arguments,) = parse_arguments(PlanArguments)
         subject = load_subject(arguments, accelerator_on(arguments.device).device)
+        if arguments.held_back:
+            labelled(subject, arguments.batch_size)  # or an error, before anything is looked for
         found, words, model = run(arguments, subject)
         if arguments.held_back:
             found["held_back"] = held_back(model, subject, found, arguments)

@@ -129,3 +129,23 @@ def test_the_report_says_on_which_device(run, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "describe_machine", lambda *device: {"device": [str(each) for each in device]})
     run("--target_macs", "0.6", "--max_inputs", "6")
     assert json.loads((tmp_path / "plan.json").read_text())["where"] == {"device": ["cpu"], "dtype": "float32"}
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join('{"text": "w20 w9 w4 w5"}\n' for _ in range(20)))
+    return ["--dataset_name", str(tmp_path / "texts.jsonl"), "--target_macs", "0.6", "--max_inputs", "4"]
+
+
+@pytest.mark.parametrize("how", ["plan", "calibrate"])
+def test_a_target_takes_no_labels(run, tmp_path, unlabelled, how):
+    run("--how", how, *unlabelled)
+    assert json.loads((tmp_path / "pruning.json").read_text())["stages"]
+
+
+@pytest.mark.parametrize("more", [["--how", "search"], ["--held_back", "4"]], ids=["search", "held_back"])
+def test_what_takes_labels_says_so_before_it_looks_for_anything(run, tmp_path, unlabelled, more):
+    with pytest.raises(SystemExit) as error:
+        run(*unlabelled, *more)
+    said = "search and held_back must have labels, and there are none: the data have no column 'label'"
+    assert error.value.code == f"ValueError: {said}" and not (tmp_path / "plan.json").exists()

@@ -86,6 +86,7 @@ class Session:
             verdict=verdict(timings, by_batch_size, left, self.size, str(self.where["device"])),
             notes=[
                 *notes,
+                *([f"No accuracy: {self.subject.unlabelled}."] if self.subject.unlabelled else []),
                 *_of_the_cpu(self.subject.device),
                 *size_notes,
                 *_too_few(timings),

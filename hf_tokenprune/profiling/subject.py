@@ -24,6 +24,7 @@ from ..convert import prune
 from ..data import read_images, tokenize
 from .arguments import ProfileArguments
 from .baselines import stock_model
+from .labels import model_classes, why_unlabelled
 
 
 DEFAULT_PRUNING = '{"preset": "top_k", "keep_rate": 0.7}'
@@ -35,8 +36,8 @@ Batch = dict[str, torch.Tensor]
 class Subject:
     """The same weights as the stock model, as our engine with nothing pruned, and pruned; and inputs on the device.
 
-    name: what reports call it. inputs: single rows, as the collator takes them. labels: their classes, where they have
-    any.
+    name: what reports call it. inputs: single rows, as the collator takes them. labels: their classes, as the model
+    numbers them, where they have any. unlabelled: why they have none, in words.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Subject:
     inputs: list[dict[str, Any]]
     labels: list[int] | None
     collate: Callable[[list], Mapping[str, torch.Tensor]]
+    unlabelled: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +75,8 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     Raises:
         OSError: no such model or data set.
         TypeError: a model that cannot be pruned, listing those that can.
-        ValueError: a pruning without sites, an impossible one, or data without rows.
+        ValueError: a pruning without sites, an impossible one, data without rows, or labels that are no classes of the
+            model.
     """
     set_seed(arguments.seed)
     source = model_source(arguments.model_name_or_path)
@@ -90,8 +93,15 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     name = _shape(stock) if arguments.random_weights else arguments.model_name_or_path
     if arguments.dataset_name is None:
         rows = _made_up_images(arguments, model) if images else _made_up_texts(arguments, model)
-        return Subject(name, models, rows, None, default_data_collator if images else _padded)
-    return Subject(name, models, *_real_inputs(arguments, source, tokenizer))
+        collate = default_data_collator if images else _padded
+        return Subject(name, models, rows, None, collate, "the inputs are made up")
+    splits = arguments.load(labelled=False)
+    rows = _drawn(splits, arguments)
+    random = "the weights are random" if arguments.random_weights else None
+    unlabelled = random or why_unlabelled(stock, rows, arguments.label_column)
+    labels = None if unlabelled else model_classes(splits, rows, stock.config)
+    inputs, collate = _real_inputs(rows, arguments, source, tokenizer)
+    return Subject(name, models, inputs, labels, collate, unlabelled)
 
 
 def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedModel:
@@ -146,21 +156,24 @@ def _made_up_images(arguments: ProfileArguments, model: PreTrainedModel) -> list
     return [{"pixel_values": torch.randn(shape, generator=chance)} for _ in range(count)]
 
 
-def _real_inputs(
-    arguments: ProfileArguments, source: str | Path, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[dict[str, Any]], list[int], Callable]:
-    splits = arguments.load()
+def _drawn(splits: datasets.DatasetDict, arguments: ProfileArguments) -> datasets.Dataset:
     rows = splits[arguments.split].shuffle(seed=arguments.seed)
     rows = rows.select(range(min(arguments.max_inputs, len(rows))))
     if not len(rows):
         raise ValueError(f"{arguments.dataset_name} must have rows to read, and has none")
-    labels, only = rows["label"], datasets.DatasetDict(rows=rows)
+    return rows
+
+
+def _real_inputs(
+    rows: datasets.Dataset, arguments: ProfileArguments, source: str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[dict[str, Any]], Callable]:
+    only = datasets.DatasetDict(rows=rows)
     if arguments.image_column is not None:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
         read = list(read_images(only, processor, arguments.image_size)["rows"])
-        return [{"pixel_values": row["pixel_values"]} for row in read], labels, default_data_collator
+        return [{"pixel_values": row["pixel_values"]} for row in read], default_data_collator
     if tokenizer is None:
         raise ValueError(f"{arguments.model_name_or_path} must have a tokenizer to read texts")
     rows = tokenize(only, tokenizer, arguments.max_length)["rows"]
     taken = [name for name in tokenizer.model_input_names if name in rows.column_names]
-    return [dict(row) for row in rows.select_columns(taken)], labels, DataCollatorWithPadding(tokenizer)
+    return [dict(row) for row in rows.select_columns(taken)], DataCollatorWithPadding(tokenizer)
