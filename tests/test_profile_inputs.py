@@ -16,6 +16,8 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from hf_tokenprune.profiling.arguments import ProfileArguments
@@ -163,3 +165,19 @@ def test_a_test_split_without_labels_is_read_where_none_has_any(save, tmp_path):
         (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"text": word}) + "\n")
     subject = load(save(), tmp_path / "data")
     assert [row["input_ids"] for row in subject.inputs] == [[2, 6, 3]] and subject.labels is None
+
+
+def test_texts_are_cut_to_what_the_model_takes(save, tmp_path):
+    subject = load(save(), texts(tmp_path / "data.jsonl", None, length=100))
+    assert set(subject.lengths()) == {tiny.BERT.max_position_embeddings}
+    subject.models["pruned"](**subject.batch([0]))
+
+
+@pytest.mark.parametrize("size", [24, [16, 24]], ids=str)
+def test_made_up_images_have_the_models_sides(tmp_path, size):
+    config = ViTConfig.from_dict(tiny.VIT.to_dict() | {"image_size": size})
+    tiny.build(tiny.Case(ViTForImageClassification, config)).save_pretrained(tmp_path)
+    subject = load_subject(ProfileArguments(model_name_or_path=str(tmp_path), pruning=TOP_K), torch.device("cpu"))
+    height, width = subject.batch([0])["pixel_values"].shape[-2:]
+    assert [height, width] == ([24, 24] if size == 24 else size)
+    subject.models["pruned"](**subject.batch([0]))

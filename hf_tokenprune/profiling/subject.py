@@ -100,7 +100,8 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     random = "the weights are random" if arguments.random_weights else None
     unlabelled = random or why_unlabelled(stock, rows, arguments.label_column)
     labels = None if unlabelled else model_classes(splits, rows, stock.config)
-    inputs, collate = _real_inputs(rows, arguments, source, tokenizer)
+    longest = pruned.base_model.longest_input
+    inputs, collate = _real_inputs(rows, arguments, source, tokenizer, min(arguments.max_length, longest))
     return Subject(name, models, inputs, labels, collate, unlabelled)
 
 
@@ -150,8 +151,9 @@ def _padded(rows: list[dict[str, Any]]) -> Batch:
 
 def _made_up_images(arguments: ProfileArguments, model: PreTrainedModel) -> list[dict[str, Any]]:
     chance = torch.Generator().manual_seed(arguments.seed)
-    side = arguments.image_size or model.config.image_size
-    shape = (model.config.num_channels, side, side)
+    size = arguments.image_size or model.config.image_size
+    sides = (size, size) if isinstance(size, int) else size
+    shape = (model.config.num_channels, *sides)
     count = max([arguments.batch_size, *arguments.batch_sizes])
     return [{"pixel_values": torch.randn(shape, generator=chance)} for _ in range(count)]
 
@@ -165,7 +167,11 @@ def _drawn(splits: datasets.DatasetDict, arguments: ProfileArguments) -> dataset
 
 
 def _real_inputs(
-    rows: datasets.Dataset, arguments: ProfileArguments, source: str | Path, tokenizer: PreTrainedTokenizerBase | None
+    rows: datasets.Dataset,
+    arguments: ProfileArguments,
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
 ) -> tuple[list[dict[str, Any]], Callable]:
     only = datasets.DatasetDict(rows=rows)
     if arguments.image_column is not None:
@@ -174,6 +180,6 @@ def _real_inputs(
         return [{"pixel_values": row["pixel_values"]} for row in read], default_data_collator
     if tokenizer is None:
         raise ValueError(f"{arguments.model_name_or_path} must have a tokenizer to read texts")
-    rows = tokenize(only, tokenizer, arguments.max_length)["rows"]
+    rows = tokenize(only, tokenizer, max_length)["rows"]
     taken = [name for name in tokenizer.model_input_names if name in rows.column_names]
     return [dict(row) for row in rows.select_columns(taken)], DataCollatorWithPadding(tokenizer)
