@@ -248,9 +248,21 @@ def test_the_largest_of_the_default_batches_may_not_fit(model, tmp_path, short_o
     assert "Out of memory in batches of 16: latency over batch size is without 16." in report.notes
 
 
-def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypatch):
+def test_no_picture_of_an_old_report_lies_beside_the_new_one(model, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "report.json").write_text("old")
+    for name in (*run.PICTURES, "mine.png"):
+        (tmp_path / "out" / name).write_text("old")
+    profile(model, tmp_path / "out", batch_size=2, batch_sizes=[])  # without data, so without accuracy
+    pictures = {path.name: path for path in (tmp_path / "out").glob("*.png")}
+    assert pictures.keys() == {*run.PICTURES, "mine.png"} - {"accuracy_over_macs.png"}
+    assert [name for name, path in pictures.items() if path.read_bytes() == b"old"] == ["mine.png"]
+
+
+def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypatch):
+    old = {"report.json", "accuracy_over_macs.png"}
+    (tmp_path / "out").mkdir()
+    for name in old:
+        (tmp_path / "out" / name).write_text("old")
 
     def interrupt(self: Session) -> None:
         raise KeyboardInterrupt
@@ -258,8 +270,8 @@ def test_an_interrupted_profile_leaves_the_old_report(model, tmp_path, monkeypat
     monkeypatch.setattr(Session, "latency", interrupt)
     with pytest.raises(KeyboardInterrupt):
         profile(model, tmp_path / "out")
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["report.json"]
-    assert (tmp_path / "out" / "report.json").read_text() == "old"
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == old
+    assert {path.read_text() for path in (tmp_path / "out").iterdir()} == {"old"}
 
 
 SEVERAL = """

@@ -21,6 +21,12 @@ from .session import Session
 from .subject import load_subject
 
 
+PICTURES = (
+    *("time_per_layer.png", "tokens_per_layer.png", "memory.png", "latency_over_batch_size.png"),
+    "accuracy_over_macs.png",
+)
+
+
 def run_profile(arguments: ProfileArguments, draw: Callable[[Report, Path], object]) -> Report | None:
     """Profiles the stock model, our engine with nothing pruned and the pruned model, and writes all into a folder.
 
@@ -90,12 +96,15 @@ def _others_asleep(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def _whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into, whose files go to `final` at the end, or nowhere."""
+    """A folder to write into, whose files go to `final` at the end, or nowhere; pictures of before go from there."""
     partial = final.with_name(f".{final.name}.{uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
         final.mkdir(parents=True, exist_ok=True)
+        for name in PICTURES:
+            if not (partial / name).exists():
+                (final / name).unlink(missing_ok=True)
         for path in sorted(partial.rglob("*"), key=lambda path: path.name == "report.json"):  # the report comes last
             target = final / path.relative_to(partial)
             if path.is_dir():
