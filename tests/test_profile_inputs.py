@@ -153,8 +153,14 @@ def test_without_classes_there_are_no_labels(save, tmp_path, case):
     assert subject.labels is None and words in subject.unlabelled and len(subject.inputs) == 8
 
 
-def test_without_labels_there_is_no_accuracy_and_all_the_rest(save, tmp_path):
-    report = profile(save(BertModel), texts(tmp_path / "data.jsonl", ["a", "b"]), tmp_path / "out")
+def test_what_is_missing_is_said_and_all_the_rest_is_there(save, tmp_path):
+    given = {"max_inputs": 4, "batch_size": 6, "batch_sizes": [2, 5, 9]}
+    report = profile(save(BertModel), texts(tmp_path / "data.jsonl", ["a", "b"]), tmp_path / "out", **given)
+    sizes = [
+        "Too few inputs (4) for batches of 6: they are of 4.",
+        "Too few inputs (4) for latency over batch size at 5 and 9.",
+    ]
+    assert set(sizes) <= set(report.notes) and list(report.by_batch_size) == [2, 4]
     assert report.curve == [] and report.values("MACs of an input")["pruned"] > 0
     assert "No accuracy: BertModel gives an input no class." in (tmp_path / "out" / "report.md").read_text()
 

@@ -88,6 +88,7 @@ class Session:
                 *notes,
                 *([f"No accuracy: {self.subject.unlabelled}."] if self.subject.unlabelled else []),
                 *_of_the_cpu(self.subject.device),
+                *self._too_large(),
                 *size_notes,
                 *_too_few(timings),
                 *_few(main),
@@ -95,6 +96,17 @@ class Session:
                 *energy_notes,
             ],
         )
+
+    def _too_large(self) -> list[str]:
+        """Sizes of batches that there are too few inputs for, in words."""
+        inputs, notes = len(self.subject.inputs), []
+        if self.arguments.batch_size > inputs:
+            notes.append(f"Too few inputs ({inputs}) for batches of {self.arguments.batch_size}: they are of {inputs}.")
+        larger = sorted({size for size in self.arguments.batch_sizes if size > inputs})
+        if larger:
+            listed = " and ".join(map(str, larger))
+            notes.append(f"Too few inputs ({inputs}) for latency over batch size at {listed}.")
+        return notes
 
     def operators(self) -> list[Figure]:
         """Tables and traces of one batch, and the time inside each layer."""
