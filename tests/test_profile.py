@@ -352,6 +352,20 @@ def test_shapes_without_weights_and_checkpoints_that_are_pruned(model, tmp_path)
     assert (tmp_path / "b" / "profiling_baseline.txt").read_text().startswith(name)
 
 
+def test_what_the_counters_count_beside_the_formula_is_said_in_words(model, tmp_path):
+    execution = json.dumps(PRUNING | {"execution": "masked"})
+    report = profile(model, tmp_path / "out", pruning=execution, batch_size=2, batch_sizes=[])
+    notes = [note for note in report.notes if "FLOPs" in note]
+    assert not any("FlopCounts" in note for note in notes)
+    said = [re.sub(r"\d+ %", "N %", note) for note in notes]
+    assert said == [
+        "N % of the baseline model's FLOPs of the first batch by counter are padding.",
+        "The three counts of the pruned model's FLOPs of an input lie up to N % apart.",
+        "N % of the pruned model's FLOPs of the first batch by counter are padding, or pruned tokens that masked "
+        "execution computes.",
+    ]
+
+
 class Meter:
     """Reads 3 J of a GPU and 1 J of a processor for every call."""
 
