@@ -34,6 +34,7 @@ from transformers import (
 from hf_tokenprune import PruningConfig, count_macs, prune
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling import Timing, peak_memory, speedup, speedup_bound, time_interleaved
+from hf_tokenprune.profiling.arguments import DTYPES
 from hf_tokenprune.profiling.machine import describe_machine
 
 
@@ -52,6 +53,7 @@ MODELS = {
 }
 LENGTHS = (16, 128, 512)
 COMPILED = {"compiled": {"dynamic": True}, "graphs": {"mode": "reduce-overhead", "dynamic": False}}
+RUNTIMES = ("eager", "onnx", *COMPILED)
 RAGGED = {
     "8 texts of 32, 64 ... 256": list(range(32, 257, 32)),
     "32 texts of 16 ... 512": list(range(16, 513, 16)),
@@ -99,9 +101,14 @@ class Point:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
-    unknown = sorted(set(arguments.models) - set(MODELS))
-    if unknown:
-        raise SystemExit(f"unknown models {unknown}; known: {', '.join(MODELS)}")
+    for name, known in {"models": MODELS, "dtypes": DTYPES, "runtimes": RUNTIMES}.items():
+        unknown = sorted(set(getattr(arguments, name)) - set(known))
+        if unknown:
+            raise SystemExit(f"unknown {name} {unknown}; known: {', '.join(known)}")
+    points = [point for name in arguments.models for point in grid(name, arguments)]
+    least = min(sum(point.lengths) for point in points)
+    if least > arguments.most_tokens:
+        raise SystemExit(f"most_tokens ({arguments.most_tokens}) must be at least {least}, those of the smallest point")
     dtype = arguments.dtypes[0]
     report = {"machine": describe_machine(arguments.device) | {"dtype": dtype}, "keep_rate": arguments.keep_rate}
     report["rows"] = []
@@ -109,11 +116,10 @@ def main() -> None:
     if path.exists() and {**json.loads(path.read_text()), "rows": []} == report:
         report = json.loads(path.read_text())
     done = {row["name"] for row in report["rows"]}
-    for name in arguments.models:
-        for point in grid(name, arguments):
-            if point.name not in done and sum(point.lengths) <= arguments.most_tokens:
-                report["rows"].append(measure(point, arguments))
-                write_atomically(path, json.dumps(report, indent=1).encode())
+    for point in points:
+        if point.name not in done and sum(point.lengths) <= arguments.most_tokens:
+            report["rows"].append(measure(point, arguments))
+            write_atomically(path, json.dumps(report, indent=1).encode())
     text = f"{table(report['rows'], dtype)}\n\n{summary(report['rows'], dtype)}\n"
     write_atomically(path.with_suffix(".md"), text.encode())
     print(text)
