@@ -103,7 +103,7 @@ REFUSED = {
     ),
     "diffrate merges more": (
         lambda: PruningConfig.preset("diffrate", prune_kept=[9, 8], merge_kept=[9, 9]),
-        ["stay (9)", "cut (8)"],
+        ["merge_kept ([9, 9])", "prune_kept ([9, 8])"],
     ),
     "p": (lambda: preset("top_p", p=1.5), ["p (1.5)", "(0, 1]"]),
     "place of a score": (lambda: stage(place="before"), ["'before'", "'between'", "learned, token_prior, random"]),

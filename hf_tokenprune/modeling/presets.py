@@ -120,6 +120,9 @@ def _diffrate(*, prune_kept: Sequence[int], merge_kept: Sequence[int]) -> dict[s
     """
     layers, cut = _each_layer("prune_kept", prune_kept, "keep_count")
     _, kept = _each_layer("merge_kept", merge_kept, "keep_count")
+    for most, least in zip(cut, kept):
+        if least > most:
+            raise ValueError(f"merge_kept ({kept}) must be at most prune_kept ({cut}) at every layer")
     stage = PruningStage(layers, "cls_attention", "keep_count", kept, "merge_mean", cut=cut)
     return {"stages": [stage], "proportional_attention": True}
 

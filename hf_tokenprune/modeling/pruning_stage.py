@@ -213,7 +213,8 @@ class PruningStage:
         reduction: what becomes of the tokens that do not stay; one of `REDUCTIONS`.
         place: where in the layer; `"between"` attention and feed-forward, or `"before"` the layer.
         cut: tokens, one number per layer, beyond which the worst are dropped before the others of those that do not
-            stay are fused or merged (DiffRate); None: no token is dropped.
+            stay are fused or merged (DiffRate); one below the layer's value is that value, so that other values for the
+            same sites, which budgets and a warm-up come by, leave it alone. None: no token is dropped.
         seed: of the random saliency.
 
     Raises:
@@ -271,9 +272,6 @@ class PruningStage:
                 f"cut ({list(self.cut)}) must go with rule 'keep_count' (not {self.rule!r}) and a reduction that fuses "
                 f"or merges (not {self.reduction!r})"
             )
-        for kept, cut in zip(self.values, self.cut):
-            if kept > cut:
-                raise ValueError(f"the tokens that stay ({kept}) must be at most those of the cut ({cut})")
 
     def sites(self) -> list[Site]:
         return [
@@ -286,7 +284,7 @@ class PruningStage:
                 self.place,
                 rate_ratio(value) if self.rule in ("keep_rate", "site_keep_rate") else None,
                 (sum(self.values[: index + 1]), max(self.values)) if self.rule == "remove_count" else None,
-                None if self.cut is None else self.cut[index],
+                None if self.cut is None else max(self.cut[index], value),
                 self.seed,
             )
             for index, (layer, value) in enumerate(zip(self.layers, self.values))
