@@ -167,9 +167,19 @@ def test_one_of_ours_is_timed_without_the_stock_model(clock):
 
 
 def test_rates_are_interpolated():
-    curve = LatencyCurve((1.0, 0.5), (1.0, 2.0), (1.0, 0.5), None)
-    assert curve.rate_for(1.5) == 0.75 and curve.rate_for(2.0) == 0.5
+    curve = LatencyCurve((1.0, 0.9, 0.5), (1.0, 1.0, 2.0), (1.0, 1.0, 0.5), None)
+    assert curve.rate_for(1.5) == pytest.approx(0.7) and curve.rate_for(2.0) == 0.5
     assert curve.rate_for(2.1) is None
+
+
+def test_what_sites_cost_is_not_interpolated(clock):
+    rates = (1.0, 0.9, 0.5)
+    assert LatencyCurve(rates, (1.0, 1.1, 2.0), (1.0, 0.9, 0.5), None).rate_for(1.02) == 0.9
+    assert LatencyCurve(rates, (1.0, 0.95, 2.0), (1.0, 1.05, 0.5), None).rate_for(1.02) == pytest.approx(0.9 - 0.4 * 0.07 / 1.05)
+    clock(lambda rate: 1.0 if rate == 1.0 else 0.3 + 0.6 * rate)
+    planned = plan(build(TEXT), _long(TEXT), target_speedup=1.1)
+    assert planned.speedup == pytest.approx(1 / 0.84) and planned.met
+    assert planned.pruning.values[0] == 0.9
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -41,8 +41,13 @@ class LatencyCurve:
     unpadded_over_padded: float | None
 
     def rate_for(self, wanted: float) -> float | None:
-        """The keep rate at which the speed-up is `wanted`, by linear interpolation; None: nowhere on the curve."""
-        pairs = list(zip(self.rates, self.speedups))
+        """The keep rate at which the speed-up is at least `wanted`; None: nowhere on the curve.
+
+        By linear interpolation, but for rates above the first that prunes: what sites cost comes all at once.
+        """
+        pairs = list(zip(self.rates, self.speedups))[1:]
+        if wanted <= pairs[0][1]:
+            return pairs[0][0]
         for (rate, fast), (later, faster) in pairwise(pairs):
             if fast <= wanted <= faster:
                 share = (wanted - fast) / (faster - fast) if faster > fast else 0.0

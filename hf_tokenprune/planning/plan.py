@@ -123,7 +123,7 @@ class _Planner:
                 return Plan(None, True, self.macs(None), 1.0, curve.seconds[0], verdict)
             best, rate = max(curve.speedups), curve.rate_for(wanted)
             if best >= WORTH_IT and rate is not None:
-                return self._faster(sites, rate, wanted, curve)
+                return self._faster(sites, rate, max(wanted, curve.speedups[1]), curve)
             found.append((best, sites, curve, wanted))
         best, sites, curve, wanted = max(found, key=lambda each: each[0])
         if best < WORTH_IT:
