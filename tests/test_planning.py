@@ -185,6 +185,7 @@ def test_what_sites_cost_is_not_interpolated(clock):
 @pytest.mark.filterwarnings("ignore")
 def test_a_real_curve_is_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(latency_curve, "STEADY", 0.0)  # of two rounds, on whatever else the machine does
     curve = measure_curve(build(TEXT), inputs_for(TEXT), [1, 2], rounds=2)
     assert all(value > 0 for value in (*curve.speedups, *curve.seconds, curve.unpadded_over_padded))
     assert measure_curve(build(TEXT), inputs_for(TEXT), [1, 2]) == curve
@@ -277,6 +278,25 @@ def test_a_curve_is_of_the_pruning_that_is_planned(clock):
     for common in ({}, {"min_tokens": 9}):
         plan(build(TEXT), _long(TEXT), target_speedup=1.3, **common)
     assert len(measured) == 2  # another pruning is another curve
+
+
+def test_a_clock_that_cannot_be_believed(monkeypatch, clock):
+    speeds = dict(zip((1.0, *latency_curve.RATES), (1.0, 2.5, 1.27, 2.78, 2.8, 3.0, 3.2)))
+    measured = clock(lambda rate: 1 / speeds[rate])
+    for times in (2, 4):
+        planned = plan(build(TEXT), _long(TEXT), target_speedup=2.6)
+        assert not planned.met and "The clock was too unsteady" in planned.verdict
+        assert len(measured) == times, "once more, and nothing is kept"
+    honest = latency_curve.time_interleaved
+
+    def second_time(calls: dict, **given: object) -> dict[object, Timing]:
+        timings = honest(calls, **given)
+        return timings if len(measured) == 5 else {name: Timing((name if name != "stock" else 2.0,)) for name in calls}
+
+    monkeypatch.setattr(latency_curve, "time_interleaved", second_time)
+    for _ in range(2):
+        planned = plan(build(TEXT), _long(TEXT), target_speedup=2.0)
+        assert planned.met and "unsteady" not in planned.verdict and len(measured) == 6
 
 
 def test_a_curve_is_of_one_way_to_attend(clock):

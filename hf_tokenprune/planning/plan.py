@@ -14,6 +14,7 @@ from .latency_curve import LatencyCurve, measure_curve
 
 WORTH_IT = 1.03  # a speed-up below this is not told from the clock's own spread
 CLOSE = 0.01  # of the MAC ratio: as far as a target may be missed where tokens are few and each of them counts
+UNSTEADY = "The clock was too unsteady to rely on: with more pruned, the model seemed clearly slower."
 NOT_TIMED = "Time on this device was not looked at: target_speedup and target_latency ask for it."
 
 
@@ -23,7 +24,8 @@ class Plan:
 
     Args:
         pruning: for `set_pruning`; None: leave it off.
-        met: whether the target can be met: a MAC ratio within 0.01, a time by what was measured here.
+        met: whether the target can be met: a MAC ratio within 0.01, a time by what was measured here, if the
+            clock was steady.
         macs: the MAC ratio (total / unpruned) on the given batch.
         speedup: over our engine with nothing pruned, on this device; None where time was not asked for.
         seconds: for the given batch, likewise.
@@ -114,9 +116,18 @@ class _Planner:
         return closest_rate(lambda rate: self.macs(self.top_k(sites, rate)), target)
 
     def for_time(self, name: str, value: float) -> Plan:
+        curves: list[LatencyCurve] = []
+        planned = self._by_curves(name, value, curves)
+        if all(curve.steady for curve in curves):
+            return planned
+        return replace(planned, met=False, verdict=f"{planned.verdict} {UNSTEADY}")
+
+    def _by_curves(self, name: str, value: float, curves: list[LatencyCurve]) -> Plan:
+        """Adds those that it looks at to `curves`."""
         found = []
         for sites in self.choices:
             curve = measure_curve(self.model, self.inputs, sites, common=self.common)
+            curves.append(curve)
             wanted = value if name == "target_speedup" else curve.seconds[0] / value
             if wanted <= 1.0:
                 verdict = f"With nothing pruned it takes {curve.seconds[0]:.4f} s, which meets the target."
