@@ -299,6 +299,16 @@ def test_a_clock_that_cannot_be_believed(monkeypatch, clock):
         assert planned.met and "unsteady" not in planned.verdict and len(measured) == 6
 
 
+def test_a_curve_is_of_the_modules_that_run(clock):
+    measured = clock(lambda rate: 0.4 + 1.6 * rate)
+    native, wide = build(TEXT), build(TEXT)
+    for layer in wide.bert.encoder.layer:  # as adapters do
+        layer.output.dense = torch.nn.Sequential(layer.output.dense, torch.nn.Linear(32, 32))
+    for model in (native, wide, native):
+        plan(model, _long(TEXT), target_speedup=1.3)
+    assert len(measured) == 2
+
+
 def test_a_curve_is_of_one_way_to_attend(clock):
     measured = clock(lambda rate: 0.4 + 1.6 * rate)
     for attention in ("sdpa", "eager", "sdpa"):

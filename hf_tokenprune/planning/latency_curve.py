@@ -123,6 +123,9 @@ def _key(model: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequence[int
     mask = inputs.get("attention_mask")
     lengths = sorted(mask.sum(dim=1).tolist()) if mask is not None else None
     shapes = {name: list(value.shape) for name, value in inputs.items()}
+    # Adapters and quantised layers are not in the config.
+    parts = [(name, type(module).__name__) for name, module in model.named_modules()]
+    weights = [(name, list(weight.shape)) for name, weight in model.named_parameters()]
     kernel, machine = [str(model.dtype), model.config._attn_implementation], describe_machine(model.device)
-    key = [type(model).__name__, config, shapes, lengths, list(layers), common, kernel, machine, RATES]
+    key = [type(model).__name__, config, parts, weights, shapes, lengths, list(layers), common, kernel, machine, RATES]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
