@@ -173,6 +173,8 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
         given = {name: getattr(arguments, name) for name in ("layers", "saliency", "relative_to", "prior_share")}
         found = calibrate(model, batches, **given, **common)
         words = f"{found.inputs} inputs cost {found.macs:.3f} of the MACs, each {found.least:.3f} to {found.most:.3f}."
+        if not found.met:
+            words = f"{arguments.target_macs:.3f} of the MACs cannot be met; the closest: {words}"
         report = {name: value for name, value in vars(found).items() if name != "prior"}
         if found.prior is not None:
             folder = Path(arguments.output_dir) / "model"

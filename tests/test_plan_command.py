@@ -95,6 +95,12 @@ def test_a_speedup_is_measured_again_over_each_baseline(run, tmp_path, monkeypat
     assert "Measured: {:.2f}x over nothing pruned, {:.2f}x over the padded stock model.".format(*over) in said
 
 
+def test_a_calibration_that_misses_says_so(run, tmp_path):
+    said = run("--how", "calibrate", "--target_macs", "0.05", "--max_inputs", "6")
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert not report["met"] and said.startswith("0.050 of the MACs cannot be met; the closest: 6 inputs cost 0.")
+
+
 def test_where_nothing_is_to_be_pruned(run, tmp_path):
     assert "costs" in run("--target_macs", "1.0")
     assert PruningConfig.from_dict(json.loads((tmp_path / "pruning.json").read_text())) == PruningConfig()

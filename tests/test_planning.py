@@ -229,6 +229,12 @@ def test_a_share_goes_by_the_prior_alone():
 def test_a_calibration_out_of_reach():
     found = calibrate(build(TEXT), [_long(TEXT)], target_macs=0.05)
     assert not found.met and found.macs > 0.05
+    sharp = build(TEXT)
+    for layer in sharp.bert.encoder.layer:  # most scores are zero, and go together
+        for part in (layer.attention.self.query, layer.attention.self.key):
+            part.weight.data *= 20
+    found = calibrate(sharp, [_long(TEXT)], target_macs=0.5, relative_to="mean")
+    assert not found.met and abs(found.macs - 0.5) > 0.02
     nothing = calibrate(build(TEXT), [_long(TEXT)], target_macs=1.0)
     assert nothing.met and nothing.pruning.stages[0].values == (0.0, 0.0, 0.0)
 

@@ -22,6 +22,7 @@ from .held_back import Batches
 
 
 SAMPLE = 64  # inputs from which the rate is found that the thresholds start from
+CLOSE = 0.02  # of the MAC ratio: as far as a target may be missed where scores tie or tokens are few
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Calibration:
 
     Args:
         pruning: preset `adaptive` with them.
-        met: whether the target can be met.
+        met: whether the target is met: within 0.02, or already where no threshold takes anything.
         macs: the MAC ratio over all calibration inputs together.
         least, most: the MAC ratios of the cheapest and of the dearest input.
         inputs: how many there were.
@@ -61,7 +62,8 @@ def calibrate(
     """Finds the thresholds of preset `adaptive` at which unlabelled inputs cost `target_macs` on average.
 
     Training-free and deterministic. First the keep rate at which `top_k` costs the target; then, site after site, the
-    quantile of the scores that as many tokens reach; at last one factor on all thresholds, until the target is met.
+    quantile of the scores that as many tokens reach; at last one factor on all thresholds, until the target is met or
+    nothing comes closer: tokens of equal scores go together.
 
     Args:
         model: a native model of a supported family, or one of ours.
@@ -101,13 +103,14 @@ def calibrate(
         model, stages = _with_prior(model, adaptive([TINY] * len(layers)), batches, prior_share)
         table = model.base_model.prior_tables()[0].worth
 
-    def measured(pruning: PruningConfig, inputs: Batches, met: bool = True) -> Calibration:
-        return replace(_measured(model, behind(stages, pruning), inputs), met=met, prior=table)
+    def measured(pruning: PruningConfig, inputs: Batches) -> Calibration:
+        found = _measured(model, behind(stages, pruning), inputs)
+        return replace(found, met=abs(found.macs - target_macs) <= CLOSE, prior=table)
 
     nothing = measured(adaptive([0.0] * len(layers)), batches)
     if nothing.macs <= target_macs:
-        return nothing
-    everything = measured(adaptive([HIGHEST] * len(layers)), batches, met=False)
+        return replace(nothing, met=True)
+    everything = measured(adaptive([HIGHEST] * len(layers)), batches)
     if everything.macs > target_macs:
         return everything
     some = _first(batches, SAMPLE)
