@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_tokenprune import PruningConfig
 from hf_tokenprune.command_line import written_pruning
 from hf_tokenprune.planning import latency_curve
-from hf_tokenprune.profiling import Timing, machine
+from hf_tokenprune.profiling import Timing, baselines, machine
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.subject import load_subject
 
@@ -93,6 +93,22 @@ def test_a_speedup_is_measured_again_over_each_baseline(run, tmp_path, monkeypat
     assert pruned["realised"] == pytest.approx(pruned["speedup_to_unpadded"] * pruned["mac_ratio_to_unpadded"])
     over = [pruned[f"speedup_to_{name}"] for name in ("unpadded", "padded")]
     assert "Measured: {:.2f}x over nothing pruned, {:.2f}x over the padded stock model.".format(*over) in said
+    assert ("That misses the promised 1.50x." in said) == (over[0] < 0.9 * 1.5)
+
+
+@pytest.mark.parametrize("speedup", [1.2, 1.4])
+def test_a_promise_that_is_missed_is_said(run, tmp_path, monkeypatch, speedup):
+    def time_interleaved(calls: dict, **_: object) -> dict[object, Timing]:
+        known = {"unpadded": 1.0, "pruned": 1.0 / speedup}
+        times = {name: 0.4 + name if isinstance(name, float) else known.get(name, 2.0) for name in calls}
+        return {name: Timing((seconds,) * 3) for name, seconds in times.items()}
+
+    monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path))
+    for module in (latency_curve, baselines):
+        monkeypatch.setattr(module, "time_interleaved", time_interleaved)
+    said = run("--target_speedup", "1.5", "--max_inputs", "12", "--batch_size", "6")
+    assert f"Measured: {speedup:.2f}x over nothing pruned" in said
+    assert ("That misses the promised 1.50x." in said) == (speedup < 1.35)
 
 
 def test_a_calibration_that_misses_says_so(run, tmp_path):
