@@ -11,6 +11,7 @@ from tiny import BERT, Case, build, text_inputs
 from transformers import BertForSequenceClassification
 
 from hf_tokenprune import count_macs, prune, search_schedule
+from hf_tokenprune.planning import held_back
 from hf_tokenprune.planning import search as searching
 from hf_tokenprune.planning.search import Point, Search, accuracy
 from hf_tokenprune.viz.search_plots import pareto_front
@@ -24,6 +25,14 @@ def labelled_batches() -> list[dict[str, torch.Tensor]]:
     batches = [text_inputs([50, 31, 44, 20], seed=seed) for seed in range(3)]
     with torch.no_grad():
         return [batch | {"labels": MODEL(**batch).logits.argmax(dim=-1)} for batch in batches]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_samples():
+    """Keep rates are found on two batches of the three, so that it shows where all are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(searching, "sample", lambda batches: held_back.sample(batches, 8))
+        yield
 
 
 GIVEN = {"target_macs": 0.5, "protected_token_ids": [3]}
@@ -48,6 +57,24 @@ def test_the_best_at_the_target_is_chosen(found):
     front = search.front
     assert all(a.macs < b.macs and a.score < b.score for a, b in pairwise(front))
     assert not any(p.macs <= f.macs and p.score > f.score for f in front for p in search.points)
+
+
+@pytest.mark.parametrize("size, inputs, batches", [(1, 8, 8), (4, 8, 2), (4, 64, 5), (3, 8, 3)])
+def test_a_sample_is_of_so_many_inputs_whatever_a_batch_holds(size, inputs, batches):
+    ids = torch.arange(20)
+    taken = held_back.sample([{"ids": part} for part in ids.split(size)], inputs)
+    assert len(taken) == batches and taken[-1]["ids"][0] >= 8, "from all over"
+    assert sum(len(batch["ids"]) for batch in taken) >= min(inputs, 20)
+
+
+def test_schedules_are_compared_at_the_target_though_batches_are_small(monkeypatch):
+    monkeypatch.setattr(searching, "sample", held_back.sample)
+    monkeypatch.setattr(searching, "_schedules", lambda *_: [([1, 2], "cls_attention")])
+    monkeypatch.setattr(searching, "FRONT", ())
+    lengths = [6, 60, 20, 9, 41, 7, 55, 30]
+    single = [text_inputs([length], seed=seed) | {"labels": torch.tensor([0])} for seed, length in enumerate(lengths)]
+    search = search_schedule(MODEL, single, target_macs=0.5)
+    assert search.chosen.macs == pytest.approx(0.5, abs=0.02)
 
 
 class Evaluations(list):

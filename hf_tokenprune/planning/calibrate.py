@@ -18,10 +18,9 @@ from ..modeling.token_outputs import EncoderCall
 from ..profiling.macs import count_call, evaluating
 from ..training.budget import HIGHEST, thresholds_for_budget
 from ..training.token_prior import TINY, fit_token_prior
-from .held_back import Batches
+from .held_back import Batches, sample
 
 
-SAMPLE = 64  # inputs from which the rate is found that the thresholds start from
 CLOSE = 0.02  # of the MAC ratio: as far as a target may be missed where scores tie or tokens are few
 
 
@@ -113,7 +112,7 @@ def calibrate(
     everything = measured(adaptive([HIGHEST] * len(layers)), batches)
     if everything.macs > target_macs:
         return everything
-    some = _first(batches, SAMPLE)
+    some = sample(batches)
     top_k = partial(PruningConfig.preset, "top_k", layers=layers, saliency=saliency, **common)
     rate = _rate(lambda rate: measured(top_k(keep_rate=rate), some).macs, target_macs)
     thresholds: list[float] = []
@@ -148,17 +147,6 @@ def _with_prior(
     fit_token_prior(twin, batches)
     threshold = float(torch.quantile(_scores(twin, twin.config.pruning, 0, batches), share))
     return twin, (replace(stage, values=[threshold]),)
-
-
-def _first(batches: Batches, inputs: int) -> Batches:
-    """As many batches as hold so many inputs, or all."""
-    some, count = [], 0
-    for batch in batches:
-        some.append(batch)
-        count += len(next(iter(batch.values())))
-        if count >= inputs:
-            break
-    return some
 
 
 def _rate(ratio_at: Callable[[float], float], target: float) -> float:

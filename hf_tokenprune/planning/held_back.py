@@ -16,6 +16,15 @@ from .plan import closest_rate
 
 Batches = Sequence[Mapping[str, Any]]
 
+SAMPLE = 64  # inputs on which keep rates are found
+
+
+def sample(batches: Batches, inputs: int = SAMPLE) -> Batches:
+    """As many batches as hold about so many inputs, from all over; all where there are no more."""
+    held = sum(len(next(iter(batch.values()))) for batch in batches)
+    count = min(len(batches), -(-len(batches) * inputs // held))
+    return [batches[index * len(batches) // count] for index in range(count)]
+
 
 @torch.no_grad()
 def run_pruned(model: PreTrainedModel, pruning: PruningConfig | None, batches: Batches) -> tuple[float, torch.Tensor]:

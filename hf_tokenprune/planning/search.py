@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..files import write_atomically
 from ..modeling.pruning_config import PruningConfig, default_layers
-from .held_back import Batches, run_pruned
+from .held_back import Batches, run_pruned, sample
 
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
@@ -159,7 +159,7 @@ class _Searcher:
         self, model: PreTrainedModel, batches: Batches, metric: Metric, common: dict[str, Any], path: Path | None
     ):
         self.model, self.batches, self.metric, self.common, self.path = model, batches, metric, common, path
-        self.sample = batches[:: max(1, len(batches) // 2)][:2]  # on which keep rates are found
+        self.sample = sample(batches)  # on which keep rates are found
         self.known: dict[str, Point] = {}  # by pruning
         self.rates: dict[str, float | None] = {}  # by sites, saliency and target
         if path is not None:
