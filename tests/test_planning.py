@@ -226,6 +226,14 @@ def test_a_share_goes_by_the_prior_alone():
         calibrate(native, [inputs], target_macs=0.5, prior_share=1)
 
 
+def test_a_prior_needs_a_layer_beside_its_own():
+    config = copy.deepcopy(BERT)
+    config.num_hidden_layers = 1
+    native = build(Case(BertForSequenceClassification, config))
+    with pytest.raises(ValueError, match=r"prior_share \(0.2\) must be 0 with a model of one layer"):
+        calibrate(native, [_long(TEXT)], target_macs=0.5, prior_share=0.2)
+
+
 def test_a_calibration_out_of_reach():
     found = calibrate(build(TEXT), [_long(TEXT)], target_macs=0.05)
     assert not found.met and found.macs > 0.05

@@ -56,6 +56,8 @@ def test_the_best_at_the_target_is_chosen(found):
     assert measured == pytest.approx(search.chosen.macs) and search.pruning.protected_token_ids == (3,)
     front = search.front
     assert all(a.macs < b.macs and a.score < b.score for a, b in pairwise(front))
+    prunings = [json.dumps(point.pruning) for point in search.points]
+    assert len(set(prunings)) == len(prunings), "each once"
     assert not any(p.macs <= f.macs and p.score > f.score for f in front for p in search.points)
 
 
@@ -171,6 +173,14 @@ def test_what_makes_no_sense_is_refused():
         search_schedule(MODEL, labelled_batches(), target_macs=2)
     with pytest.raises(ValueError, match=r"batches \(1\) must be at least one, each with labels"):
         search_schedule(MODEL, [text_inputs([9])], target_macs=0.5)
+
+
+def test_nothing_is_searched_for_where_nothing_pruned_meets_the_target(evaluations, tmp_path):
+    search = search_schedule(MODEL, labelled_batches(), target_macs=0.9)
+    assert search.pruning is None and search.chosen.macs <= 0.9 and search.points == [search.chosen]
+    assert len(evaluations) == 2, "once for its logits, once as a point"
+    pytest.importorskip("matplotlib")
+    assert pareto_front(search, tmp_path / "front.png", title="A").exists()
 
 
 def test_the_picture(tmp_path):

@@ -85,6 +85,8 @@ def calibrate(
         raise ValueError("batches (0) must hold at least one batch of inputs")
     if layers is None:  # the first layer's site may be the prior's
         layers = [layer for layer in default_layers(model.config.num_hidden_layers) if layer or not prior_share]
+        if not layers:
+            raise ValueError(f"prior_share ({prior_share}) must be 0 with a model of one layer: it takes the only site")
     layers = list(layers)
 
     def adaptive(thresholds: Sequence[float]) -> PruningConfig:

@@ -32,11 +32,11 @@ class Point:
     """A pruning, measured.
 
     Args:
-        pruning: as `PruningConfig.from_dict` takes it. macs: the MAC ratio. score: of the metric; higher is better.
+        pruning: as `PruningConfig.from_dict` takes it; None: nothing. macs: the MAC ratio. score: of the metric; higher is better.
         divergence: mean KL of the logits to those of the unpruned model, which tells schedules of one score apart.
     """
 
-    pruning: dict[str, Any]
+    pruning: dict[str, Any] | None
     macs: float
     score: float
     divergence: float
@@ -47,15 +47,16 @@ class Search:
     """What was found.
 
     Args:
-        chosen: the best point at the target. points: all that were measured, the unpruned model first.
+        chosen: the best point at the target, or the unpruned model where that costs no more. points: all that were
+            measured, once each, the unpruned model first.
     """
 
     chosen: Point
     points: list[Point]
 
     @property
-    def pruning(self) -> PruningConfig:
-        return PruningConfig.from_dict(self.chosen.pruning)
+    def pruning(self) -> PruningConfig | None:
+        return None if self.chosen.pruning is None else PruningConfig.from_dict(self.chosen.pruning)
 
     @property
     def front(self) -> list[Point]:
@@ -108,16 +109,19 @@ def search_schedule(
         raise ValueError(f"batches ({len(batches)}) must be at least one, each with labels")
     searcher = _Searcher(model, batches, metric, common, None if resume_from is None else Path(resume_from))
     whole = searcher.measure(None)
+    if whole.macs <= target_macs:
+        return Search(whole, [whole])
     schedules = list(_schedules(model.config.num_hidden_layers, saliencies))
     found = [searcher.at(*schedule, target_macs) for schedule in progress(schedules)]
     reached = [(point, schedule) for point, schedule in zip(found, schedules) if point is not None]
     if not reached:
-        raise ValueError(f"target_macs ({target_macs}) must be in reach: none of {len(schedules)} schedules costs it")
+        rule = f"must be in reach: none of {len(schedules)} schedules costs it, and nothing pruned {whole.macs:.3f}"
+        raise ValueError(f"target_macs ({target_macs}) {rule}")
     best = sorted(reached, key=lambda pair: (-pair[0].score, pair[0].divergence))
     front = [(*schedule, macs) for _, schedule in best[:BEST] for macs in FRONT]
     more = [searcher.at(*wish) for wish in progress(front)]
     points = [whole, *(point for point, _ in reached), *(point for point in more if point is not None)]
-    return Search(best[0][0], points)
+    return Search(best[0][0], list({json.dumps(point.pruning): point for point in points}.values()))
 
 
 def _schedules(depth: int, saliencies: Sequence[str]) -> Iterator[tuple[list[int], str]]:

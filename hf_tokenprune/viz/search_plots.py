@@ -31,8 +31,9 @@ def pareto_front(search: Search, path: str | os.PathLike[str], *, title: str, sc
     front = search.front
     axes.step([p.macs for p in front], [p.score for p in front], where="post", color="#0b6e8f", label="front")
     chosen = search.chosen
-    stages = search.pruning.stages
-    name = f"chosen: {stages[0].saliency}, layers {[layer for stage in stages for layer in stage.layers]}"
+    stages = search.pruning.stages if search.pruning else ()
+    layers = [layer for stage in stages for layer in stage.layers]
+    name = f"chosen: {stages[0].saliency}, layers {layers}" if stages else "chosen: nothing pruned"
     axes.scatter([chosen.macs], [chosen.score], s=110, marker="*", color="#bf3989", zorder=3, label=name)
     axes.set_xlabel("multiply-accumulates, of the stock encoder's")
     axes.set_ylabel(score)
