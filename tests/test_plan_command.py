@@ -1,5 +1,6 @@
 """`run_plan.py` as a user runs it; what it writes is what `run_profile.py` takes."""
 
+import copy
 import json
 import runpy
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_tokenprune import PruningConfig
 from hf_tokenprune.command_line import written_pruning
@@ -39,6 +40,18 @@ def run(given, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     return call
+
+
+def test_what_cannot_be_held_back_is_said_before_anything_is_found(run, tmp_path, monkeypatch):
+    folder = tmp_path / "regression"
+    config = copy.deepcopy(tiny.BERT)
+    config.num_labels = 1
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    monkeypatch.setattr("hf_tokenprune.calibrate", None)  # never come to
+    with pytest.raises(SystemExit) as error:
+        run("--model_name_or_path", str(folder), "--how", "calibrate", "--target_macs", "0.6", "--held_back", "20")
+    assert error.value.code.startswith("ValueError: logits ([8, 1]) and labels ([8], torch.int64)")
 
 
 @pytest.mark.parametrize("how", ["plan", "calibrate", "search"])

@@ -1,5 +1,6 @@
 """`search_schedule`: the best of what was measured is chosen, and a search that was interrupted goes on."""
 
+import copy
 import json
 from functools import partial
 from itertools import pairwise
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import BERT, Case, build, text_inputs
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertForTokenClassification, BertModel, PreTrainedModel
 
 from hf_tokenprune import count_macs, prune, search_schedule
 from hf_tokenprune.planning import held_back
@@ -181,6 +182,30 @@ def test_nothing_is_searched_for_where_nothing_pruned_meets_the_target(evaluatio
     assert len(evaluations) == 2, "once for its logits, once as a point"
     pytest.importorskip("matplotlib")
     assert pareto_front(search, tmp_path / "front.png", title="A").exists()
+
+
+def _with_head(head: type, **fields: object) -> PreTrainedModel:
+    config = copy.deepcopy(BERT)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return build(Case(head, config))
+
+
+NO_CLASSES = {
+    "regression": (BertForSequenceClassification, {"num_labels": 1}, torch.zeros(2), "logits ([2, 1])"),
+    "multi-label": (BertForSequenceClassification, {}, torch.zeros(2, 3), "labels ([2, 3], torch.float32)"),
+    "tokens": (BertForTokenClassification, {}, torch.zeros(2, 30).long(), "logits ([2, 30, 3])"),
+    "no logits": (BertModel, {}, torch.zeros(2).long(), "it has no logits"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CLASSES)
+def test_heads_that_accuracy_is_not_defined_on(name, evaluations):
+    head, fields, labels, words = NO_CLASSES[name]
+    batches = [text_inputs([30, 21]) | {"labels": labels}, text_inputs([9, 12]) | {"labels": labels}]
+    with pytest.raises((TypeError, ValueError)) as error:
+        search_schedule(_with_head(head, **fields), batches, target_macs=0.5)
+    assert words in str(error.value) and not evaluations
 
 
 def test_the_picture(tmp_path):

@@ -47,6 +47,21 @@ def run_pruned(model: PreTrainedModel, pruning: PruningConfig | None, batches: B
     return cost / whole, torch.cat(logits)
 
 
+def check_classifier(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raises unless accuracy, and a divergence of the logits, is defined on a labelled batch.
+
+    Raises:
+        TypeError: a model without logits.
+        ValueError: logits or labels that are not of classes: regression, several labels of an input, labels of tokens.
+    """
+    logits, labels = run_pruned(model, None, [batch])[1], batch["labels"]
+    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"logits ({list(logits.shape)}) and labels ({list(labels.shape)}, {labels.dtype}) of "
+            f"{type(model).__name__} must be [n, C] with C > 1 and integers [n]: accuracy is of one class for each input"
+        )
+
+
 def top_k_of_same_cost(
     model: PreTrainedModel, batches: Batches, pruning: PruningConfig | None, layers: Sequence[int], **given: Any
 ) -> tuple[PruningConfig, float, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..files import write_atomically
 from ..modeling.pruning_config import PruningConfig, default_layers
-from .held_back import Batches, run_pruned, sample
+from .held_back import Batches, check_classifier, run_pruned, sample
 
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
@@ -90,7 +90,7 @@ def search_schedule(
         model: a classifier of a supported family, or one of ours.
         batches: a few hundred labelled inputs: batches with `labels`, on the model's device.
         target_macs: multiply-accumulates of the pruned encoder / of the stock encoder on the same unpadded tokens.
-        metric: from logits and labels to a number, higher is better.
+        metric: from logits and labels to a number, higher is better; accuracy wants one class for each input.
         saliencies: scores that are tried.
         resume_from: a JSON file with what was found before; it is written after every measurement. Metrics are told
             apart by name, not by what they compute: one that has changed under its name wants a new file.
@@ -99,14 +99,16 @@ def search_schedule(
 
     Raises:
         TypeError: a model without logits.
-        ValueError: a target outside (0, 1] or out of reach of all schedules, batches without labels, none at all, a
-            file of another search, or one together with a metric that has no name of its own (lambdas, local
-            functions, bound methods and other objects).
+        ValueError: a target outside (0, 1] or out of reach of all schedules, batches without labels, none at all,
+            logits or labels that accuracy is not defined on, a file of another search, or one together with a metric
+            that has no name of its own (lambdas, local functions, bound methods and other objects).
     """
     if isinstance(target_macs, bool) or not isinstance(target_macs, int | float) or not 0 < target_macs <= 1:
         raise ValueError(f"target_macs ({target_macs!r}) must be in (0, 1]")
     if not batches or any("labels" not in batch for batch in batches):
         raise ValueError(f"batches ({len(batches)}) must be at least one, each with labels")
+    if metric is accuracy:
+        check_classifier(model, batches[0])
     searcher = _Searcher(model, batches, metric, common, None if resume_from is None else Path(resume_from))
     whole = searcher.measure(None)
     if whole.macs <= target_macs:
