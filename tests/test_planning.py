@@ -226,6 +226,12 @@ def test_a_share_goes_by_the_prior_alone():
         calibrate(native, [inputs], target_macs=0.5, prior_share=1)
 
 
+def test_a_quantile_of_more_scores_than_torch_takes():
+    quantile = importlib.import_module("hf_tokenprune.planning.calibrate")._quantile
+    assert quantile(torch.arange(2**24 + 3).remainder(5).float(), 0.5) == 2.0
+    assert quantile(torch.tensor([0.0, 1.0]), 0.25) == 0.25
+
+
 def test_a_prior_needs_a_layer_beside_its_own():
     config = copy.deepcopy(BERT)
     config.num_hidden_layers = 1

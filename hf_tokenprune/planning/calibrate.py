@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import brentq
 from transformers import PreTrainedModel
@@ -121,7 +122,7 @@ def calibrate(
     for _ in progress(range(len(layers))):
         tried = behind(stages, adaptive([*thresholds, TINY]))
         scores = _scores(model, tried, layers[len(thresholds)], batches)
-        thresholds.append(float(torch.quantile(scores, 1.0 - rate)) if len(scores) else TINY)
+        thresholds.append(_quantile(scores, 1.0 - rate) if len(scores) else TINY)
     start = adaptive([max(threshold, TINY) for threshold in thresholds])
     pruning = thresholds_for_budget(start, target_macs, lambda tried: measured(tried, batches).macs)
     return measured(pruning, batches)
@@ -147,8 +148,12 @@ def _with_prior(
     layer = twin.base_model.token_layers()[0]
     layer.token_prior = copy.deepcopy(layer.token_prior)  # the model's own table, if it has one, stays as it is
     fit_token_prior(twin, batches)
-    threshold = float(torch.quantile(_scores(twin, twin.config.pruning, 0, batches), share))
+    threshold = _quantile(_scores(twin, twin.config.pruning, 0, batches), share)
     return twin, (replace(stage, values=[threshold]),)
+
+
+def _quantile(scores: torch.Tensor, share: float) -> float:
+    return float(np.quantile(scores.numpy(), share))  # torch's takes no more than 2**24
 
 
 def _rate(ratio_at: Callable[[float], float], target: float) -> float:
