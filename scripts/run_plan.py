@@ -18,6 +18,7 @@ on where it was when started again, and draws front.png. All write pruning.json 
 
 import json
 import os
+import shutil
 
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -156,6 +157,16 @@ def keep(subject: Subject, found: Calibration, folder: Path) -> PreTrainedModel:
     return model
 
 
+def remove_earlier_model(arguments: PlanArguments) -> None:
+    """Removes the model that the run before left in `output_dir`, unless it is the one that was planned for."""
+    folder = Path(arguments.output_dir)
+    report, model = folder / "plan.json", folder / "model"
+    earlier = json.loads(report.read_text()).get("arguments", {}) if report.exists() else {}
+    ours = earlier.get("how") == "calibrate" and earlier.get("prior_share")
+    if ours and model.resolve() != Path(arguments.model_name_or_path).resolve():
+        shutil.rmtree(model, ignore_errors=True)
+
+
 def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str, PreTrainedModel]:
     """What was found, with `pruning`; a sentence; and the model with what the pruning needs."""
     model, batches = subject.models["baseline"], subject.batches(arguments.batch_size)
@@ -206,6 +217,8 @@ def main() -> None:
             words += f" On inputs that it was not found on:\n{table(found['held_back'])}\n"
     except (ImportError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    if arguments.how != "calibrate" or not arguments.prior_share:
+        remove_earlier_model(arguments)
     folder = Path(arguments.output_dir)
     where = describe_machine(subject.device) | {"dtype": arguments.dtype}
     report = {"verdict": words, "where": where, "arguments": asdict(arguments)} | found

@@ -84,6 +84,15 @@ def test_a_table_goes_with_its_model(run, tmp_path):
     assert torch.equal(subject.models["pruned"].base_model.prior_tables()[0].worth, model.bert.prior_tables()[0].worth)
 
 
+def test_a_model_does_not_outlive_its_pruning(run, tmp_path):
+    few, model = ("--max_inputs", "6", "--target_macs", "0.6"), tmp_path / "model"
+    for own in ("--how", "calibrate"), ("--model_name_or_path", str(model)):
+        run("--how", "calibrate", "--layers", "1", "2", "--prior_share", "0.2", *few)
+        assert model.exists()
+        run(*own, *few)
+        assert model.exists() == (own[0] == "--model_name_or_path"), "what was planned for stays"
+
+
 def test_a_speedup_is_measured_again_over_each_baseline(run, tmp_path, monkeypatch):
     def time_interleaved(calls: dict, **_: object) -> dict[object, Timing]:
         return {name: Timing((2.0 if name == "stock" else 0.4 + name,) * 3) for name in calls}
