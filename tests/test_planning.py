@@ -175,7 +175,9 @@ def test_rates_are_interpolated():
 def test_what_sites_cost_is_not_interpolated(clock):
     rates = (1.0, 0.9, 0.5)
     assert LatencyCurve(rates, (1.0, 1.1, 2.0), (1.0, 0.9, 0.5), None).rate_for(1.02) == 0.9
-    assert LatencyCurve(rates, (1.0, 0.95, 2.0), (1.0, 1.05, 0.5), None).rate_for(1.02) == pytest.approx(0.9 - 0.4 * 0.07 / 1.05)
+    assert LatencyCurve(rates, (1.0, 0.95, 2.0), (1.0, 1.05, 0.5), None).rate_for(1.02) == pytest.approx(
+        0.9 - 0.4 * 0.07 / 1.05
+    )
     clock(lambda rate: 1.0 if rate == 1.0 else 0.3 + 0.6 * rate)
     planned = plan(build(TEXT), _long(TEXT), target_speedup=1.1)
     assert planned.speedup == pytest.approx(1 / 0.84) and planned.met

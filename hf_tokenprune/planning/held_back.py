@@ -58,7 +58,7 @@ def check_classifier(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"logits ({list(logits.shape)}) and labels ({list(labels.shape)}, {labels.dtype}) of "
-            f"{type(model).__name__} must be [n, C] with C > 1 and integers [n]: accuracy is of one class for each input"
+            f"{type(model).__name__} must be [n, C] with C > 1 and integers [n]: accuracy is of one class an input"
         )
 
 

@@ -32,7 +32,8 @@ class Point:
     """A pruning, measured.
 
     Args:
-        pruning: as `PruningConfig.from_dict` takes it; None: nothing. macs: the MAC ratio. score: of the metric; higher is better.
+        pruning: as `PruningConfig.from_dict` takes it; None: nothing. macs: the MAC ratio.
+        score: of the metric; higher is better.
         divergence: mean KL of the logits to those of the unpruned model, which tells schedules of one score apart.
     """
 
