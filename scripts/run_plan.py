@@ -36,7 +36,7 @@ from hf_tokenprune import Calibration, PruningConfig, calibrate, plan, prune, se
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.modeling.pruning_config import default_layers
-from hf_tokenprune.planning.held_back import check_classifier, compare_held_back, run_pruned, top_k_of_same_cost
+from hf_tokenprune.planning.held_back import compare_held_back, run_pruned, top_k_of_same_cost
 from hf_tokenprune.profiling import count_macs
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
@@ -209,8 +209,8 @@ def main() -> None:
     try:
         (arguments,) = parse_arguments(PlanArguments)
         subject = load_subject(arguments, accelerator_on(arguments.device).device)
-        if arguments.held_back:  # said before anything is measured
-            check_classifier(subject.models["baseline"], labelled(subject, arguments.batch_size)[0])
+        if arguments.held_back:
+            labelled(subject, arguments.batch_size)  # or an error, before anything is looked for
         found, words, model = run(arguments, subject)
         if arguments.held_back:
             found["held_back"] = held_back(model, subject, found, arguments)
