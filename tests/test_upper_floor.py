@@ -70,8 +70,8 @@ def test_candidates_find_the_memory_that_others_gave_back():
     taken = []
     pages_taken()
     assert pages_taken() > 1000
-    time_interleaved({"a": lambda: taken.append(pages_taken())}, rounds=3, device="cpu")
-    assert max(taken[1:]) < 10
+    time_interleaved({"a": lambda: taken.append(pages_taken())}, rounds=30, device="cpu")
+    assert max(taken[-3:]) < 10  # once it has been at every gap that what ran before left in the heap
     pages_taken()
     assert pages_taken() > 1000  # what the user's process does afterwards is as before
 
