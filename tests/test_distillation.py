@@ -111,3 +111,10 @@ def test_the_unpruned_model_learns_from_labels_alone(how, tmp_path):
     scale = max(gradient.abs().max().item() for gradient in found.values())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def test_a_teacher_of_another_order_is_refused(tmp_path):
+    teacher = native_model()
+    teacher.config.id2label = {0: "LABEL_1", 1: "LABEL_0", 2: "LABEL_2"}
+    with pytest.raises(ValueError, match=r"the teacher's labels \(\['LABEL_1', .*\) must be in the student's order"):
+        trainer_for(TOP_K, tmp_path, teacher=teacher, distillation_weight=1.0)
