@@ -5,8 +5,8 @@
 
 Each run is one call of `run_finetune.py`. Runs that are done are not done again, and with other arguments are refused;
 one that was interrupted goes on.
-At the end the padded, the unpadded and the pruned model of the first seed are timed in turn. Writes `comparison.json`
-and `comparison.md`.
+At the end the padded, the unpadded and the pruned model of the first seed are timed in turn, and the `--timed_runs`
+with them. Writes `comparison.json` and `comparison.md`.
 """
 
 import json
@@ -27,7 +27,7 @@ from hf_tokenprune.command_line import parse_arguments, read_mapping
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
-from hf_tokenprune.training.finetune import time_finetuned
+from hf_tokenprune.training.timed_runs import time_runs
 
 
 FINETUNE = Path(__file__).with_name("run_finetune.py")
@@ -44,6 +44,9 @@ class ComparisonArguments:
     )
     timed_inputs: int = field(default=128, metadata={"help": "Test inputs of the timing; 0: no timing."})
     timed_rounds: int = field(default=9, metadata={"help": "Rounds of the timing."})
+    timed_runs: list[str] = field(
+        default_factory=list, metadata={"help": "Runs to time in turn with `pruned`, each on its own inputs."}
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("processes", 1), ("timed_inputs", 0), ("timed_rounds", 3)):
@@ -59,6 +62,10 @@ class Comparison:
     def __init__(self, arguments: ComparisonArguments):
         self.arguments = arguments
         self.recipe = Recipe.read(arguments.recipe)
+        others = [name for name in self.recipe.others if name != "pruned"]
+        for name in arguments.timed_runs:
+            if name not in others or arguments.timed_runs.count(name) > 1:
+                raise ValueError(f"timed_runs ({name!r}) must be, once, one of {', '.join(others)}")
         self.folder = Path(arguments.output_dir)
         self.threads = max(1, torch.get_num_threads() // arguments.processes)
 
@@ -133,9 +140,8 @@ class Comparison:
 
     def time(self) -> dict[str, Any]:
         folder = self.folder_of(self.arguments.seeds[0])
-        rows = time_finetuned(
-            folder / "pruned", folder / "baseline" / "model", self.arguments.timed_inputs, self.arguments.timed_rounds
-        )
+        asked = self.arguments
+        rows = time_runs(folder, asked.timed_runs, inputs=asked.timed_inputs, rounds=asked.timed_rounds)
         return {"machine": describe_machine(), "rows": rows}
 
 

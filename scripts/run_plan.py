@@ -100,7 +100,7 @@ def measure(
     timings = time_against_baselines(model, pruned, [batch], [], rounds=arguments.rounds, seconds=arguments.seconds)
     timings = {name: timing for name, timing in timings.items() if name in ("padded", "unpadded", "pruned")}
     count = count_macs(pruned, batch)
-    return speed_table(timings, len(next(iter(batch.values()))), count.total / count.lossless)
+    return speed_table(timings, len(next(iter(batch.values()))), {"pruned": count.total / count.lossless})
 
 
 def labelled(subject: Subject, size: int) -> list[dict[str, torch.Tensor]]:

@@ -143,7 +143,7 @@ class Quickstart:
             "pruning": self.pruning.to_dict(),
             "machine": describe_machine(self.device),
             "quality": quality(evaluations),
-            "speed": speed_table(timings, len(timed), self.mac_ratio(pruned, timed)),
+            "speed": speed_table(timings, len(timed), {"pruned": self.mac_ratio(pruned, timed)}),
         }
         self.write(report)
         self.draw(evaluations, pruned)

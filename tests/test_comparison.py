@@ -88,7 +88,7 @@ def test_the_command(tmp_path):
     write_recipe(tmp_path / "recipe", baseline=TRAINED | data, pruned=PRUNED | data)
     given = {"recipe": str(tmp_path / "recipe"), "output_dir": str(tmp_path / "out"), "seeds": [4], "processes": 2}
     given["held_out_samples"] = 7
-    (tmp_path / "given.yaml").write_text(yaml.safe_dump(given | {"timed_rounds": 3}))
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(given | {"timed_rounds": 3, "timed_runs": ["control"]}))
     command = [sys.executable, str(SCRIPT), str(tmp_path / "given.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -96,8 +96,12 @@ def test_the_command(tmp_path):
     _, pruned, control = report["quality"]
     assert pruned["inputs"] == 7
     assert pruned["mac_ratio_to_unpadded"] < 0.9 and control["mac_ratio_to_unpadded"] == 1.0
-    *_, last = report["speed"]["rows"]
-    assert last["mac_ratio_to_unpadded"] == pytest.approx(pruned["mac_ratio_to_unpadded"]) and last["realised"] > 0
+    timed = {row["model"]: row for row in report["speed"]["rows"]}
+    assert list(timed) == ["padded", "padded, sorted by length", "unpadded", "pruned", "control"]
+    for row in (pruned, control):
+        own = timed[row["run"]]
+        assert own["mac_ratio_to_unpadded"] == pytest.approx(row["mac_ratio_to_unpadded"]) and own["realised"] > 0
+    assert ">=" not in done.stdout.split("| time |")[1]  # three rounds bound nothing
     assert done.stdout == (tmp_path / "out" / "comparison.md").read_text() and "| pruned | " in done.stdout
     report = tmp_path / "out" / "seed-4" / "pruned" / "report.json"
     before = report.stat().st_mtime_ns
@@ -107,6 +111,15 @@ def test_the_command(tmp_path):
     assert again.returncode == 0 and report.stat().st_mtime_ns == before  # what is done is not done again
     other = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert other.returncode == 1 and "ValueError: held_out_samples (None) must be 7" in other.stderr
+
+
+def test_runs_to_time_are_of_the_recipe(tmp_path):
+    run_comparison = runpy.run_path(str(SCRIPT))
+    recipe = str(write_recipe(tmp_path / "recipe"))
+    for names in (["truncated"], ["pruned"], ["control", "control"]):
+        arguments = run_comparison["ComparisonArguments"](recipe, str(tmp_path), timed_runs=names)
+        with pytest.raises(ValueError, match=rf"timed_runs \('{names[0]}'\) must be, once, one of control"):
+            run_comparison["Comparison"](arguments)
 
 
 def test_a_done_run_with_other_arguments_is_refused(tmp_path):

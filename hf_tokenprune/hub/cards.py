@@ -1,5 +1,6 @@
 """Model cards from what was measured: nothing in them is typed that a run has not written down."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def measured_card(
     if evidence.get("held_out_samples") is not None:
         raise ValueError(f"held_out_samples ({evidence['held_out_samples']}) must be null: a card is of the test split")
     rows = {row["run"]: row for row in evidence["quality"]}
+    timed = {row["model"]: row for row in evidence.get("speed", {}).get("rows", ())}
+    beside = [name for name in rows if name in timed and name != "pruned"]
     pruned = rows["pruned"]
     pruning = PruningConfig.from_dict(evidence["prunings"][0])
     seeds = " ".join(map(str, evidence["seeds"]))
@@ -88,12 +91,12 @@ def measured_card(
             "to_baseline": to_baseline(rows),
             "quality": quality_table(evidence["quality"]),
             "speed": time_table(**evidence["speed"]) if "speed" in evidence else None,
-            "timed": evidence.get("speed", {}).get("rows", [{}])[-1],
+            "timed": timed.get("pruned", {}),
             "seeds": evidence["seeds"],
             "of_seeds": ("seed " if len(evidence["seeds"]) == 1 else "mean of seeds ") + seeds.replace(" ", ", "),
             "machine": evidence["machine"],
             "command": f"python scripts/run_comparison.py --recipe recipes/{recipe} --seeds {seeds} "
-            f"--output_dir outputs/{recipe}",
+            f"--output_dir outputs/{recipe}" + (f" --timed_runs {shlex.join(beside)}" if beside else ""),
             "picture": picture,
             "schedule": schedule,
             "budgets": _at_budgets(pruned),

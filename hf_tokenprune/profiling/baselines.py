@@ -32,6 +32,7 @@ def time_against_baselines(
     by_length: Batches,
     *,
     rounds: int,
+    others: Mapping[str, tuple[PreTrainedModel, Batches]] | None = None,
     seconds: float = float("inf"),
     progress: Callable = iter,
 ) -> dict[str, Timing]:
@@ -40,6 +41,7 @@ def time_against_baselines(
     Args:
         stock: for the padded batches; one of ours is made native. The unpadded baseline has the pruned model's weights.
         arrival, by_length: batches of the inputs, without labels, as they come and sorted by length.
+        others: by name, further models, each with the inputs as it takes them.
         seconds: no round is begun after so long, except the first three.
         progress: wraps the iteration over rounds, for example `tqdm`.
     """
@@ -50,15 +52,17 @@ def time_against_baselines(
         "unpadded": lambda: [unpadded(**batch) for batch in arrival],
         "pruned": lambda: [pruned(**batch) for batch in arrival],
     }
+    for name, (model, batches) in (others or {}).items():
+        candidates[name] = lambda model=model, batches=batches: [model(**batch) for batch in batches]
     return time_interleaved(candidates, rounds=rounds, seconds=seconds, progress=progress, device=pruned.device)
 
 
-def speed_table(timings: Mapping[str, Timing], inputs: int, mac_ratio: float) -> list[dict[str, Any]]:
+def speed_table(timings: Mapping[str, Timing], inputs: int, mac_ratios: Mapping[str, float]) -> list[dict[str, Any]]:
     """Milliseconds per input and speed-ups, each against a named baseline of the same interleaved run.
 
     Args:
         inputs: how many were timed.
-        mac_ratio: what they cost pruned, over the unpadded baseline; for `realised`.
+        mac_ratios: by name, what they cost over the unpadded baseline; for `realised`.
     """
     rows = []
     for name, timing in timings.items():
@@ -72,6 +76,8 @@ def speed_table(timings: Mapping[str, Timing], inputs: int, mac_ratio: float) ->
         for other, slow in timings.items():
             row[f"speedup_to_{other}"] = speedup(slow, timing)
             row[f"speedup_to_{other}_at_least"] = speedup_bound(slow, timing)
+        if name in mac_ratios:
+            ratio = mac_ratios[name]
+            row |= {"mac_ratio_to_unpadded": ratio, "realised": row["speedup_to_unpadded"] * ratio}
         rows.append(row)
-    rows[-1] |= {"mac_ratio_to_unpadded": mac_ratio, "realised": rows[-1]["speedup_to_unpadded"] * mac_ratio}
     return rows

@@ -144,13 +144,17 @@ def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def time_table(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
     """The rows of `speed_table` as Markdown, and where they were measured."""
+
+    def bound(least: float) -> str:
+        return f" (>= {least:.2f})" if least else ""  # of few rounds there is none
+
     lines = [
         "| time | ms per input | to padded | to padded, sorted | to unpadded | realised |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         ratios = " | ".join(
-            f"{row[f'speedup_to_{other}']:.2f}x (>= {row[f'speedup_to_{other}_at_least']:.2f})"
+            f"{row[f'speedup_to_{other}']:.2f}x" + bound(row[f"speedup_to_{other}_at_least"])
             for other in ("padded", "padded, sorted by length", "unpadded")
         )
         realised = f"{row['realised']:.2f}" if "realised" in row else ""

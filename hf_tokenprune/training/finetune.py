@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -30,9 +29,7 @@ from ..convert import prune
 from ..data import NAMED, DataArguments, read_images, tokenize
 from ..files import write_atomically
 from ..metrics import Accuracy
-from ..profiling.baselines import speed_table, time_against_baselines
 from ..profiling.machine import describe_machine
-from ..profiling.macs import count_macs
 from .arguments import TokenPruneTrainingArguments
 from .resuming import last_whole_checkpoint
 from .trainer import TokenPruneTrainer
@@ -43,6 +40,12 @@ NEEDED = {"eval_do_concat_batches": True, "batch_eval_metrics": False, "predicti
 STEPS = (
     "seed",
     "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "max_grad_norm",
+    "label_smoothing_factor",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
@@ -233,32 +236,3 @@ def at_each_budget(trainer: TokenPruneTrainer) -> list[dict[str, float]]:
         tested.append({"budget": budget, **trainer.predict(trainer.eval_dataset).metrics})
     model.set_pruning(pruning)
     return tested
-
-
-def time_finetuned(folder: Path, stock: Path, inputs: int, rounds: int) -> list[dict[str, Any]]:
-    """Times what `finetune` left in `folder` on its test inputs, beside the stock and the unpadded model.
-
-    Args:
-        stock: folder of the model whose weights the stock model has.
-        inputs: test inputs, at most.
-    """
-    report = json.loads((folder / "report.json").read_text())
-    arguments, size = FinetuneArguments(**report["arguments"]), report["training"]["per_device_eval_batch_size"]
-    splits, _, collate = prepare(arguments, stock, load_splits(arguments, report["training"]["seed"]))
-    rows = [splits["test"][i] for i in range(min(inputs, len(splits["test"])))]
-    by_length = sorted(rows, key=lambda row: len(row.get("input_ids", ())))
-    arrival, by_length = (_batches(each, size, collate) for each in (rows, by_length))
-    kind = AutoModelForSequenceClassification if arguments.image_column is None else AutoModelForImageClassification
-    pruned = kind.from_pretrained(folder / "model").eval()
-    counts = [count_macs(pruned, batch) for batch in arrival]
-    ratio = sum(count.total for count in counts) / sum(count.lossless for count in counts)
-    timings = time_against_baselines(
-        kind.from_pretrained(stock).eval(), pruned, arrival, by_length, rounds=rounds, progress=tqdm
-    )
-    return speed_table(timings, len(rows), ratio)
-
-
-def _batches(rows: list[dict], size: int, collate: Callable) -> list[dict[str, torch.Tensor]]:
-    taken = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-    rows = [{name: value for name, value in row.items() if name in taken} for row in rows]
-    return [dict(collate(rows[first : first + size])) for first in range(0, len(rows), size)]
