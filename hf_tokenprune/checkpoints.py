@@ -55,7 +55,8 @@ def takes_images(config: PreTrainedConfig) -> bool:
 
 
 def load_model(source: str | Path, **given: Any) -> PreTrainedModel:
-    """The model with the head that it was saved with."""
+    """The model with the head that it was saved with; without one where that is not among `HEADS`, as of a masked
+    language model."""
     config = given.pop("config", None) or AutoConfig.from_pretrained(source)
     return saved_task(config).auto.from_pretrained(source, config=config, **given)
 

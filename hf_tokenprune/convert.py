@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import native_to_pruned, supported_natives
+from .modeling.pruner_modules import ASKED
 from .modeling.pruning_config import PruningConfig
 from .modeling.token_layer import TokenPruneLayer
 
@@ -16,8 +17,9 @@ def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) ->
     """The model with fewer tokens: same weights (shared, not copied), same task, same outputs.
 
     Args:
-        model: a native model of a supported family, base or with a head. It stays usable, unpruned. One of our own
-            models is taken too. LoRA or quantised layers inside it are called as they are.
+        model: a native model of a supported family, base or with a head. It stays usable, unpruned; what its modules
+            are replaced by later (`resize_token_embeddings`) is not shared. One of our own models is taken too. LoRA or
+            quantised layers inside it are called as they are.
         pruning: a `PruningConfig`, a preset's name (sites at a quarter, half and three quarters of the depth), a dict,
             or None: nothing pruned.
 
@@ -90,13 +92,17 @@ def _unsupported(model: Any) -> str:
 
 
 def _share(twin: nn.Module, native: nn.Module) -> None:
-    """Gives `twin` the modules of `native`, as objects. Only what holds our layers stays a module of its own."""
+    """Gives `twin` the modules of `native`, as objects. Only what holds our layers stays a module of its own.
+
+    Predictors and tables of one of our own models go along, for the next pruning that asks them.
+    """
     twin.training = native.training
     for store in ("_parameters", "_buffers"):
         getattr(twin, store).update(getattr(native, store))
     for flag in ("gradient_checkpointing", "_gradient_checkpointing_func"):
         if hasattr(native, flag):
             setattr(twin, flag, getattr(native, flag))
+    twin._modules |= {name: native._modules[name] for name in ASKED.values() if name in native._modules}
     for name, child in twin.named_children():
         theirs = native._modules.get(name)
         if theirs is not None and any(isinstance(module, TokenPruneLayer) for module in child.modules()):

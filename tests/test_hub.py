@@ -22,7 +22,7 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import HfApi, ModelCard
 from methods import METHODS
 from PIL import Image
-from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments, ViTForImageClassification
+from transformers import BertConfig, BertTokenizer, Trainer, TrainingArguments, ViTForImageClassification, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_tokenprune import (
@@ -205,6 +205,9 @@ def test_the_card_of_a_model_that_pushes_itself(hub, tmp_path):
     model.base_model.push_to_hub("founder/base")
     data = ModelCard(hub.files("founder/base")["README.md"].decode()).data
     assert (data.pipeline_tag, data.base_model) == ("feature-extraction", None)
+
+    prune(tiny.build(tiny.Case(ViTModel, tiny.VIT)), "top_k").push_to_hub("founder/images")
+    assert ModelCard(hub.files("founder/images")["README.md"].decode()).data.pipeline_tag == "image-feature-extraction"
 
 
 def test_a_card_that_somebody_wrote_is_kept(hub):

@@ -122,6 +122,25 @@ REFUSED = {
     ),
     "seed": (lambda: stage(saliency="random", seed=-1), ["seed (-1)", ">= 0"]),
     "sites without a depth": (lambda: PruningConfig.preset("tome", r=4).sites, ["'tome'", "resolve(num_layers)"]),
+    "waiting for what is no mapping": (
+        lambda: PruningConfig(preset_name="tome", awaiting_depth=5),
+        ["awaiting_depth (5)", "mapping"],
+    ),
+    "rate that comes to nothing": (
+        lambda: PruningConfig.preset("top_k", layers=list(range(12)), keep_rate=1e-30),
+        ["keep_rate (1e-30)", "12 sites"],
+    ),
+    "more tokens than there are": (lambda: preset("top_k", min_tokens=10**30), ["min_tokens (1000", "<= 2147483647"]),
+    "id that no integer holds": (
+        lambda: preset("top_k", protected_token_ids=[2**63]),
+        ["protected_token_ids (9223372036854775808)", "<= "],
+    ),
+    "threshold beyond a float": (lambda: preset("adaptive", threshold=1e60), ["threshold (1e+60)", "<= 1e+30"]),
+    "objective without a name": (lambda: preset("adaptive", objective={}), ["objective ({})", "'name'", "budget"]),
+    "a name that is no text": (
+        lambda: PruningConfig.coerce({"preset": "top_k", 3: 4}),
+        ["name (3)", "text"],
+    ),
     "waiting for nothing": (
         lambda: PruningConfig(preset_name="top_k", awaiting_depth={"layers": [1]}),
         ["awaiting_depth", "'top_k'"],

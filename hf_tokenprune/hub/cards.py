@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedModel
 
 from ..checkpoints import HEADS, NO_HEAD, task_of
+from ..modeling.model_repository import pipeline_tag
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
 from ..training.comparison import quality_table, time_table
@@ -120,13 +121,13 @@ def unmeasured_card(
     Args:
         address: as in `measured_card`.
     """
-    pipeline_tag = task_of(type(model).__name__).pipeline_tag
+    tag = pipeline_tag(task_of(type(model).__name__).auto.__name__, model.config)
     return ModelCard.from_template(
-        _metadata(title, base_model=base_model, license=license, pipeline_tag=pipeline_tag),
+        _metadata(title, base_model=base_model, license=license, pipeline_tag=tag),
         template_path=str(template),
         about={"title": title, "limits": []},
         measured=None,
-        **_of_pruning(model.config.pruning, pipeline_tag, address),
+        **_of_pruning(model.config.pruning, tag, address),
     )
 
 
@@ -186,16 +187,14 @@ def _at_budgets(pruned: Mapping[str, Any]) -> list[dict[str, float]]:
     return [{name: sum(each[name] for each in own) / len(own) for name in own[0]} for own in by_budget]
 
 
-def _of_pruning(pruning: PruningConfig | None, pipeline_tag: str, address: str) -> dict[str, Any]:
+def _of_pruning(pruning: PruningConfig | None, tag: str, address: str) -> dict[str, Any]:
     """What the template says of a pruning, and of how such a model is loaded."""
     return {
         "sites": [] if pruning is None else sorted(pruning.sites.items()),
         "budgets": [] if pruning is None else [macs for macs, _ in pruning.budgets],
-        "auto_class": next(
-            (task.auto for task in HEADS.values() if task.pipeline_tag == pipeline_tag), NO_HEAD.auto
-        ).__name__,
+        "auto_class": next((task.auto for task in HEADS.values() if task.pipeline_tag == tag), NO_HEAD.auto).__name__,
         "address": address,
-        "images": pipeline_tag == "image-classification",
+        "images": tag.startswith("image-"),
     }
 
 

@@ -55,11 +55,16 @@ class ModelRepository:
         card = ModelCard.load(f"{working_dir}/README.md")
         if _is_template(card):
             card.text = card_text(self, repo_id)
-            card.data.pipeline_tag = PIPELINE_TAGS[_auto_class(self)]
+            card.data.pipeline_tag = pipeline_tag(_auto_class(self), self.config)
             if _is_hub_id(self.name_or_path) and self.name_or_path != repo_id:
                 card.data.base_model = self.name_or_path
             card.save(f"{working_dir}/README.md")
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def pipeline_tag(auto: str, config: Any) -> str:
+    """The Hub's name for what the models of an Auto class do."""
+    return "image-feature-extraction" if auto == "AutoModel" and not config.token_ids else PIPELINE_TAGS[auto]
 
 
 def card_text(model: Any, repo_id: str) -> str:

@@ -9,6 +9,7 @@ the call holds the tokens: `1, T` packed, `B, K` padded, `B, N` masked.
 
 from collections.abc import Callable
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Prunable(ModelRepository):
     _keep_in_fp32_modules_strict = {"token_mask", "token_budget", "token_prior"}
 
     def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
-        """Switches the pruning from now on. None is the exact unpruned model.
+        """Switches the pruning from now on. None is the exact unpruned model. What an objective has learned so far goes
+        with the old one, unless `settle_pruning` wrote it into that first.
 
         Raises:
             ValueError: quoting the value and the rule it breaks; the old pruning stays.
@@ -71,7 +73,15 @@ class Prunable(ModelRepository):
         else:
             super()._init_weights(module)
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        save_original_format: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Saves under the current parameter names, which stock models load as well as the old ones.
 
         `Trainer` puts a checkpoint back with `load_state_dict`, which knows no old names: saved with those, resuming
@@ -79,9 +89,11 @@ class Prunable(ModelRepository):
         """
         unused = tuple(f"{name}." for name in self._unused_modules())
         if unused:
-            weights = kwargs.pop("state_dict", None) or self.state_dict()
-            kwargs["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(unused)}
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+            weights = state_dict or self.state_dict()
+            state_dict = {name: value for name, value in weights.items() if not name.startswith(unused)}
+        super().save_pretrained(
+            save_directory, is_main_process, state_dict, *args, save_original_format=save_original_format, **kwargs
+        )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """A table of what ids are worth grows with them: new ones are worth the mean."""
@@ -142,7 +154,7 @@ class TokenPruneModel(PrunerModules, Prunable):
                 raise ValueError(f"{name} must be None: token pruning needs a bidirectional encoder")
         call = call or EncoderCall()
         call.trace = call.trace or bool(trace)
-        call.restore = restore
+        call.restore = restore is None or bool(restore)
         for wish in ("hidden_states", "attentions"):
             given = kwargs.get(f"output_{wish}")
             setattr(call, wish, bool(getattr(self.config, f"output_{wish}", False) if given is None else given))
@@ -192,7 +204,7 @@ class TokenPruneModel(PrunerModules, Prunable):
 
     def _protected_tokens(self, token_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
         pruning = self.config.pruning
-        if pruning is None or not pruning.sites or not pruning.protected_token_ids:
+        if pruning is None or not pruning.protected_token_ids or all(site.idle for site in pruning.sites.values()):
             return None
         if token_ids is None:
             raise ValueError(
@@ -263,7 +275,10 @@ class TokenPruneModel(PrunerModules, Prunable):
         if not call.whole_sequence:
             return outputs | {"last_hidden_state": first}
         if call.restore:
-            return outputs | {"last_hidden_state": self.final_norm(_restore(hidden, state, bank))}
+            full = self.final_norm(_restore(hidden, state, bank))
+            if call.start.input.padded:
+                full = full.masked_fill((call.start.carrier < 0)[..., None], 0.0)
+            return outputs | {"last_hidden_state": full}
         alive = state.alive
         rows = self.final_norm(state.layout.spread(hidden)).masked_fill(~alive[..., None], 0.0)
         positions = state.positions.masked_fill(~alive, -1)
@@ -377,7 +392,7 @@ class TokenPruneHead(Prunable):
         Raises:
             ValueError: `restore=False`, which is for base models: a head reads the restored sequence.
         """
-        if not inputs.pop("restore", True):
+        if inputs.pop("restore", None) not in (None, True):
             raise ValueError("restore (False) must be True with a head, which reads the restored sequence")
         own = inputs.pop("encoder_call", None)
         call = own or EncoderCall()

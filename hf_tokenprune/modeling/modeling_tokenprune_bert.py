@@ -135,11 +135,17 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
                 `positions` [B, K].
 
         Raises:
-            ValueError: a mask that is not [B, N], an input longer than the position table, a decoder's arguments.
+            ValueError: ids or a mask that are not [B, N], an input longer than the position table, arguments of a
+                decoder.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        given = input_ids if inputs_embeds is None else inputs_embeds
+        name, given, axes = (
+            ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+        )
+        if given.ndim != axes:
+            wanted = "[batch, length]" if axes == 2 else "[batch, length, hidden]"
+            raise ValueError(f"{name}'s shape ({list(given.shape)}) must be {wanted}")
         batch, length = given.shape[:2]
         self._check_length(length, position_ids)
         call = self.begin(encoder_call, output_token_trace, restore, kwargs)
@@ -169,16 +175,50 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
     ) -> torch.Tensor:  # [.., D]
         if position_ids is None:
             position_ids = self.embeddings.position_ids[:, :length]
-        per_token = {
-            "input_ids": input_ids,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids.expand(batch, length),
-            "inputs_embeds": inputs_embeds,
-        }
-        return self.embeddings(**{k: None if v is None else state.layout.enter(v) for k, v in per_token.items()})
+        per_token = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        per_token = {name: _of_each(name, ids, batch, length) for name, ids in per_token.items() if ids is not None}
+        if inputs_embeds is not None:
+            per_token["inputs_embeds"] = inputs_embeds
+        return self.embeddings(**{name: state.layout.enter(value) for name, value in per_token.items()})
 
 
-class TokenPruneBertForSequenceClassification(TokenPruneHead, BertForSequenceClassification):
+def _of_each(name: str, ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Ids [B, N] from those, or from [1, N] or [N], which hold for every sample."""
+    if ids.shape not in ((batch, length), (1, length), (length,)):
+        raise ValueError(f"{name}'s shape ({list(ids.shape)}) must be [batch, length], here {[batch, length]}")
+    return ids.expand(batch, length)
+
+
+class TokenPruneBertHead(TokenPruneHead):
+    """The forward of BERT's heads."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_token_trace: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Takes what the native head takes, and `output_token_trace`."""
+        return self.run_head(
+            super().forward,
+            output_token_trace,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+
+class TokenPruneBertForSequenceClassification(TokenPruneBertHead, BertForSequenceClassification):
     """`BertForSequenceClassification` over a `TokenPruneBertModel`."""
 
     config_class = TokenPruneBertConfig
@@ -193,33 +233,8 @@ class TokenPruneBertForSequenceClassification(TokenPruneHead, BertForSequenceCla
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_token_trace: bool | None = None,
-        **kwargs: Any,
-    ) -> TokenPruneSequenceClassifierOutput:
-        """Takes what `BertForSequenceClassification` takes, and `output_token_trace`."""
-        return self.run_head(
-            super().forward,
-            output_token_trace,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            **kwargs,
-        )
 
-
-class TokenPruneBertForTokenClassification(TokenPruneHead, BertForTokenClassification):
+class TokenPruneBertForTokenClassification(TokenPruneBertHead, BertForTokenClassification):
     """`BertForTokenClassification` over a `TokenPruneBertModel`: labels every input token, from restored states."""
 
     config_class = TokenPruneBertConfig
@@ -232,31 +247,6 @@ class TokenPruneBertForTokenClassification(TokenPruneHead, BertForTokenClassific
         self.dropout = nn.Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_token_trace: bool | None = None,
-        **kwargs: Any,
-    ) -> TokenPruneTokenClassifierOutput:
-        """Takes what `BertForTokenClassification` takes, and `output_token_trace`."""
-        return self.run_head(
-            super().forward,
-            output_token_trace,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            **kwargs,
-        )
 
 
 def _classifier_dropout(config: TokenPruneBertConfig) -> float:

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .modeling_tokenprune import TokenPruneHead, TokenPruneModel
 from .token_layer import TokenPruneLayer
+from .token_layout import shapes_only
 from .token_outputs import EncoderCall, TokenPruneImageClassifierOutput, TokenPruneModelOutput
 
 
@@ -69,11 +70,26 @@ class ImageModel(TokenPruneModel):
     def encode_images(
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, call: EncoderCall
     ) -> TokenPruneModelOutput:
-        """hidden: the embeddings [B, N, D]."""
+        """hidden: the embeddings [B, N, D].
+
+        Raises:
+            ValueError: a mask that is not [B, N], or that hides a structural token of an image.
+        """
         state = self.start_tokens(call, attention_mask, *hidden.shape[:2], hidden.device)
+        self._check_mask(attention_mask)
         embedded = [state.layout.enter(hidden)]
         del hidden
         return self.encode(embedded, state, call)
+
+    def _check_mask(self, mask: torch.Tensor | None) -> None:
+        if mask is None or shapes_only():
+            return
+        first = mask[:, : self.structural_tokens]
+        if bool((mask.bool().any(dim=1) & ~first.bool().all(dim=1)).any()):
+            raise ValueError(
+                f"attention_mask (it starts with {first.tolist()}) must be 1 for the first {self.structural_tokens} "
+                "tokens of each image: they are no patches"
+            )
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.layernorm(hidden)
@@ -171,7 +187,11 @@ class Dinov2LikeModel(ImageModel):
 
 
 class Dinov2LikeClassifier(TokenPruneHead):
-    """The forward of DINOv2's classifiers, which read the class token and the mean patch, of the restored sequence."""
+    """The forward of DINOv2's classifiers, which read the class token and the mean patch, of the restored sequence.
+
+    Modifications:
+        - A mask may hide no patch: the native mean is over hidden ones, too, which are not computed here.
+    """
 
     output_class = TokenPruneImageClassifierOutput
 
@@ -184,7 +204,17 @@ class Dinov2LikeClassifier(TokenPruneHead):
         output_token_trace: bool | None = None,
         **kwargs: Any,
     ) -> TokenPruneImageClassifierOutput:
-        """Takes what the native classifier takes, and `output_token_trace`."""
+        """Takes what the native classifier takes, and `output_token_trace`.
+
+        Raises:
+            ValueError: a mask that hides a patch.
+        """
+        hidden = 0 if attention_mask is None or shapes_only() else int((attention_mask == 0).sum())
+        if hidden:
+            raise ValueError(
+                f"attention_mask (with {hidden} zeros) must be 1 everywhere: {type(self).__name__} reads the mean of "
+                "all patches; the base model takes other masks"
+            )
         return self.run_head(
             super().forward,
             output_token_trace,

@@ -38,7 +38,10 @@ def _depth(num_layers: int | None) -> int:
 def _compounded(keep_rate: float, sites: int) -> list[float]:
     """rate, rate^2, ..., as exact decimals."""
     rate = Decimal(repr(keep_rate))
-    return [float(rate ** (site + 1)) for site in range(sites)]
+    rates = [float(rate ** (site + 1)) for site in range(sites)]
+    if 0.0 in rates:
+        raise ValueError(f"keep_rate ({keep_rate!r}) must be larger: over {sites} sites it comes to 0")
+    return rates
 
 
 def _each_site(name: str, value: Any, layers: Sequence[int], check: Callable[[str, Any], Any]) -> list:

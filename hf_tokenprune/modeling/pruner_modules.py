@@ -4,6 +4,8 @@ They live in the layers that ask them. Masks go when no objective needs them; pr
 pruning that asks them, and only those that are asked are saved.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -120,7 +122,7 @@ class PrunerModules:
             raise ValueError("layer (0) has no table; set_pruning(...) makes it one")
         return tables
 
-    def set_token_prior(self, worth: torch.Tensor) -> None:
+    def set_token_prior(self, worth: torch.Tensor | Sequence[float]) -> None:
         """Fills the table of a site with saliency `"token_prior"`.
 
         Args:
@@ -130,9 +132,12 @@ class PrunerModules:
             ValueError: no such site, or not one number for each id.
         """
         tables = self.prior_tables()
-        entries = len(tables[0].worth)
-        if worth.shape != (entries,) or not bool((worth > 0).all() & worth.isfinite().all()):
-            raise ValueError(f"worth ({list(worth.shape)}) must hold a positive number for each of {entries} ids")
+        entries, worth = len(tables[0].worth), torch.as_tensor(worth)
+        if worth.shape != (entries,):
+            raise ValueError(f"worth's shape ({list(worth.shape)}) must be [{entries}]: a number for each id")
+        wrong = worth[~((worth > 0) & worth.isfinite())]
+        if len(wrong):
+            raise ValueError(f"worth ({wrong[0].item()}) must be positive and finite, for each id")
         for table in tables:
             table.worth.copy_(worth)
 

@@ -19,7 +19,9 @@ def eased(rule: str, value: float, progress: float, length: int) -> float:
     """A rule's value on the way from the one at which every token of `length` stays (progress 0) to its own (1)."""
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress ({progress!r}) must be in [0, 1]")
-    idle = max(length, value) if RULES[rule].idle is None else RULES[rule].idle
+    idle = RULES[rule].idle
+    if rule == "keep_count" and progress > 0.0:
+        idle = max(length, value)
     return _between(rule, idle, value, progress)
 
 
@@ -58,17 +60,32 @@ def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage], len
         return known[macs]
     (low, cheap), (high, dear) = next(pair for pair in pairwise(budgets) if pair[0][0] <= macs <= pair[1][0])
     progress = (high - macs) / (high - low)
+    if high == 1.0 > highest:
+        return tuple(eased(rule, value, progress, length) for rule, value in zip(rules, cheap))
     return tuple(_between(rule, *pair, progress) for rule, *pair in zip(rules, dear, cheap))
 
 
-def falling(rules: Sequence[str], values: Sequence[float]) -> list[float]:
-    """The values, where a rule's may not rise none above those before it."""
+def falling(stages: Sequence[PruningStage], values: Sequence[float]) -> list[float]:
+    """One value per site, stage after stage, where a rule's may not rise none above those of earlier layers."""
+    rules, layers = site_rules(stages), [layer for stage in stages for layer in stage.layers]
     least: dict[str, float] = {}
-    result = []
-    for rule, value in zip(rules, values):
-        least[rule] = min(least.get(rule, value), value)
-        result.append(least[rule] if RULES[rule].falling else value)
+    result = list(values)
+    for site in sorted(range(len(layers)), key=layers.__getitem__):
+        rule = rules[site]
+        least[rule] = min(least.get(rule, result[site]), result[site])
+        result[site] = least[rule] if RULES[rule].falling else result[site]
     return result
+
+
+def check_falling(stages: Sequence[PruningStage], values: Sequence[float], what: str = "") -> None:
+    """Raises a ValueError where values, one per site, stage after stage, rise from layer to layer and may not.
+
+    what: whose they are, to say before the rule's name.
+    """
+    layers = [layer for stage in stages for layer in stage.layers]
+    sites = sorted(zip(layers, site_rules(stages), values))
+    for name, rule in RULES.items():
+        rule.check_order(f"{what}{name}", [value for _, own, value in sites if own == name])
 
 
 def _between(rule: str, start: float, end: float, progress: float) -> float:

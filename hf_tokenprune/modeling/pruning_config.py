@@ -15,11 +15,10 @@ from numbers import Integral, Real
 from typing import Any
 
 from .presets import PRESETS, DepthUnknown
-from .pruning_budgets import Budgets, check_budgets, eased, falling, site_rules, values_at
+from .pruning_budgets import Budgets, check_budgets, check_falling, eased, falling, site_rules, values_at
 from .pruning_objective import Objective
 from .pruning_stage import (
     MERGES,
-    RULES,
     PruningStage,
     Site,
     check_bool,
@@ -99,11 +98,13 @@ class PruningConfig:
         budgets = _frozen(self.budgets) if self.awaiting_depth else check_budgets(self.budgets, self.stages)
         object.__setattr__(self, "budgets", budgets)
         for _, values in budgets if not self.awaiting_depth else ():
-            for stage, own in zip(self.stages, self._by_stage(values)):
-                RULES[stage.rule].check_order(f"a budget's {stage.rule}", own)
+            check_falling(self.stages, values, "a budget's ")
 
     def _check_waiting(self) -> None:
-        waiting = dict(self.awaiting_depth)
+        try:
+            waiting = dict(self.awaiting_depth)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"awaiting_depth ({self.awaiting_depth!r}) must be a mapping") from error
         object.__setattr__(self, "awaiting_depth", tuple((name, _frozen(value)) for name, value in waiting.items()))
         if not waiting:
             return
@@ -123,13 +124,7 @@ class PruningConfig:
             raise ValueError(f"layers {twice} are named by more than one stage; a layer holds one site")
         for stage in self.stages if self.objective is not None else ():
             self.objective.check_stage(stage)
-        for rule_name, rule in RULES.items():
-            sites = sorted(
-                (site for stage in self.stages for site in stage.sites() if site.rule == rule_name),
-                key=lambda site: site.layer,
-            )
-            values = [site.value for site in sites]
-            rule.check_order(rule_name, values)
+        check_falling(self.stages, self.values)
 
     @classmethod
     def preset(cls, name: str, **hyperparameters: Any) -> "PruningConfig":
@@ -191,7 +186,7 @@ class PruningConfig:
 
     def with_learned(self, values: Sequence[float]) -> "PruningConfig":
         """`with_values`, where values that may not rise are brought down to those of earlier sites."""
-        return self.with_values(falling(site_rules(self.stages), values))
+        return self.with_values(falling(self.stages, values))
 
     def eased(self, progress: float, length: int) -> "PruningConfig":
         """The same sites on the way from nothing pruned (progress 0) to these values (1).
@@ -234,6 +229,9 @@ class PruningConfig:
             )
         if "stages" in value or "format_version" in value:
             return cls.from_dict(value)
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"a hyper-parameter's name ({key!r}) must be text")
         hyperparameters = dict(value)
         name = hyperparameters.pop("preset", None)
         function = PRESETS[check_choice("preset", name, PRESETS)]

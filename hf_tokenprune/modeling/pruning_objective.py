@@ -110,6 +110,8 @@ class Objective:
             return cls(value)
         if not isinstance(value, Mapping):
             raise ValueError(f"objective ({value!r}) must be an Objective, its name, a dict or None")
+        if "name" not in value:
+            raise ValueError(f"objective ({dict(value)!r}) must have 'name': one of {', '.join(OBJECTIVES)}")
         known = cls.__dataclass_fields__
         for name in value:
             if name not in known:

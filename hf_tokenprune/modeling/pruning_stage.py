@@ -38,9 +38,15 @@ def check_number(name: str, value: Any) -> float:
     return float(value)
 
 
+MOST = 2**31 - 1  # of an integer: no sample has so many tokens
+HIGHEST = 1e30  # of a threshold: float32 holds it, and no score comes near
+
+
 def check_integer(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} ({value!r}) must be an integer >= {minimum}")
+    if value > MOST:
+        raise ValueError(f"{name} ({value!r}) must be an integer <= {MOST}")
     return int(value)
 
 
@@ -73,6 +79,8 @@ def check_threshold(name: str, value: Any) -> float:
     threshold = check_number(name, value)
     if threshold < 0.0:
         raise ValueError(f"{name} ({value!r}) must be >= 0")
+    if threshold > HIGHEST:
+        raise ValueError(f"{name} ({value!r}) must be <= {HIGHEST}")
     return threshold
 
 
@@ -135,13 +143,13 @@ class Rule:
     """How the values of a selection rule are checked.
 
     check: `(name, value) -> value` for one layer's value.
+    idle: the value at which every token stays.
     falling: whether the values may not rise from layer to layer.
-    idle: the value at which every token stays, if there is one.
     """
 
     check: Callable[[str, Any], Any]
+    idle: float
     falling: bool = False
-    idle: float | None = None
 
     def check_order(self, name: str, values: Sequence[float]) -> None:
         if self.falling and any(late > early for early, late in pairwise(values)):
@@ -155,7 +163,7 @@ RULES = MappingProxyType(
     {
         "keep_rate": Rule(check_rate, falling=True, idle=1),  # P + floor(value x (tokens at the input - P))
         "site_keep_rate": Rule(check_rate, idle=1),  # P + ceil(value x (n - P))
-        "keep_count": Rule(check_count, falling=True),  # value, P counted
+        "keep_count": Rule(check_count, falling=True, idle=MOST),  # value, P counted
         "remove_count": Rule(check_removed, idle=0),  # n - min(value, half of the unprotected tokens)
         "relative_threshold": Rule(check_threshold, idle=0),  # j with n s_j >= value: the same at every length
         "median_threshold": Rule(check_threshold, idle=0),  # j with s_j >= value x the median of the unprotected rows
@@ -188,7 +196,7 @@ class Site:
     @property
     def idle(self) -> bool:
         """Whether no input loses a token here."""
-        return self.cut is None and self.value == RULES[self.rule].idle
+        return self.value == RULES[self.rule].idle  # a cut is never below it
 
     @property
     def weighted(self) -> bool:

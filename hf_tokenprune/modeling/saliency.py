@@ -8,6 +8,7 @@ how the rows of the call lie in memory.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -206,6 +207,10 @@ class TokenPrior(nn.Module):
 
     def reset_parameters(self) -> None:
         init.constant_(self.worth, torch.nan)
+        self._seen_filled = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._seen_filled = False
 
     @property

@@ -8,13 +8,14 @@ Shapes: B samples, K rows.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
-from .pruning_stage import FUSIONS, PruningStage, Site, keep_count
+from .pruning_stage import FUSIONS, Site, keep_count
 from .token_layout import Ints, PackedRows, Selection, on_device, shapes_only
 from .token_state import TokenState
 
@@ -73,7 +74,7 @@ def select(scores: Scores, state: TokenState, site: Site, min_tokens: int) -> Se
 @torch.no_grad()
 def cut(scores: Scores, state: TokenState, site: Site, min_tokens: int) -> Selection:
     """The rows that are not dropped outright at a site with a cut."""
-    (only,) = PruningStage((site.layer,), site.saliency, "keep_count", (site.cut,)).sites()
+    only = replace(site, rule="keep_count", value=site.cut, reduction="drop", cut=None)
     return select(scores, state, only, min_tokens)
 
 

@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from .pruning_objective import Objective
 from .pruning_stage import RULES, Site
-from .saliency import TokenPredictor
+from .saliency import TokenPredictor, without_autocast
 from .selection import middle
 from .token_macs import sample_macs
 from .token_outputs import EncoderCall
@@ -168,7 +168,8 @@ def soften_learned(
     """
     counted = state.weights.masked_fill(state.alive.cumsum(dim=1) <= state.input.prefix, 0.0)
     rows = state.layout.spread(hidden).masked_fill(~state.alive[..., None], 0.0)
-    choices = predictor(rows, counted).float()  # [B, K, 2]
+    with without_autocast(rows):
+        choices = predictor(rows, counted).float()  # [B, K, 2]
     if objective.learns_values:
         stays = choices[..., 0].exp()
         return soften(

@@ -291,9 +291,11 @@ class TokenPruneLayer:
         return Scores(scores)
 
     def _feed_forward_half(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Part by part where no gradient is asked for, so that the widened states stay small and near."""
+        """Part by part where nothing is trained, so that the widened states stay small and near."""
         rows = hidden.shape[0] * hidden.shape[1]
-        if torch.is_grad_enabled() or shapes_only() or rows < 2 * FEED_FORWARD_ROWS or not on_cpu(hidden):
+        # In training what is recomputed for its gradient must draw the same dropout as the pass without one.
+        whole = self.training or torch.is_grad_enabled() or shapes_only()
+        if whole or rows < 2 * FEED_FORWARD_ROWS or not on_cpu(hidden):
             return self.feed_forward_block(hidden)
         parts = hidden.flatten(0, 1).tensor_split(rows // FEED_FORWARD_ROWS)
         return torch.cat([self.feed_forward_block(part) for part in parts]).view_as(hidden)

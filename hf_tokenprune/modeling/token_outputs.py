@@ -31,7 +31,7 @@ class TokenTrace(ModelOutput):
 
     Args:
         layers: the layers of the S sites, a list.
-        counts: long [S, B], tokens alive after each site.
+        counts: long [S, B], tokens alive after each site; all, while masks stand for removal.
         source: long [S, B, N], for each original position the row, among the alive tokens of its own sample, that
             carries it after the site; -1 where it was dropped, and for padding. Positions with the same row were fused
             or merged.
@@ -142,12 +142,12 @@ class EncoderCall:
         """The trace, if it was asked for."""
         if not self.trace:
             return None
-        counts = [state.counts for state in self.states.values()]
+        counts = [state.layout.counts for state in self.states.values()]
         source = [state.ranked_carrier() for state in self.states.values()]
         sizes = [state.ranked_sizes() for state in self.states.values()]
         return TokenTrace(
             layers=list(self.states),
-            counts=torch.stack(counts) if counts else self.start.counts[None][:0],
+            counts=torch.stack(counts) if counts else self.start.layout.counts[None][:0],
             source=torch.stack(source) if source else self.start.carrier[None][:0],
             sizes=torch.stack(sizes) if sizes else self.start.carrier[None][:0].float(),
         )

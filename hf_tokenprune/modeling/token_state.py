@@ -34,6 +34,11 @@ class TokenInput(NamedTuple):
     uniform: bool
     token_ids: torch.Tensor | None = None
 
+    @property
+    def padded(self) -> bool:
+        """Whether places are without a token; under compile and export, whether they may be."""
+        return isinstance(self.initial, torch.Tensor) or min(self.initial) < self.length
+
 
 class TokenState(NamedTuple):
     """The tokens of a batch on their way through the layers. Never changed; only `weight` may have a gradient.
