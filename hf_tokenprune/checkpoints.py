@@ -1,5 +1,7 @@
 """What a checkpoint is, by its config: the Auto class that loads it, its task, and what makes its inputs."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from .modeling.model_repository import PIPELINE_TAGS
 
@@ -54,11 +58,36 @@ def takes_images(config: PreTrainedConfig) -> bool:
     return hasattr(config, "patch_size")
 
 
+def activation_of(config: PreTrainedConfig) -> str:
+    """What makes scores of a classifier's logits, as its pipeline has it: `"softmax"`, `"sigmoid"` or `"none"`."""
+    if config.problem_type == "regression":
+        return "none"
+    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
+
+
 def load_model(source: str | Path, **given: Any) -> PreTrainedModel:
     """The model with the head that it was saved with; without one where that is not among `HEADS`, as of a masked
     language model."""
     config = given.pop("config", None) or AutoConfig.from_pretrained(source)
     return saved_task(config).auto.from_pretrained(source, config=config, **given)
+
+
+def weights_digest(source: str | Path) -> str:
+    """The sha256 of a checkpoint's weights, of a folder or the Hub: of one file, or of each in turn.
+
+    Raises:
+        OSError: there are none.
+    """
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    names = [SAFE_WEIGHTS_NAME]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    hasher = hashlib.sha256()
+    for name in names:
+        with open(cached_file(source, name), "rb") as file:
+            while block := file.read(2**20):
+                hasher.update(block)
+    return hasher.hexdigest()
 
 
 def load_processing(source: str | Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | BaseImageProcessor:

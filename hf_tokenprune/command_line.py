@@ -3,8 +3,10 @@
 import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
@@ -31,12 +33,30 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: no such file.
-        ValueError, yaml.YAMLError: it holds no mapping, or cannot be read.
+        ValueError: it holds no mapping, or cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    content = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, _Loader)
+    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        content = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, _Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} ({content!r}) must hold a mapping")
+    return content
+
+
+def parse_mapping(name: str, text: str) -> dict[str, Any]:
+    """What an argument holds in JSON.
+
+    Raises:
+        ValueError: it holds no mapping, or cannot be read.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} ({text}) must be JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} ({text}) must be a JSON object")
     return content
 
 
@@ -49,7 +69,35 @@ def parse_arguments(*classes: type) -> tuple[Any, ...]:
     for name in _IN_JSON:
         if isinstance(given.get(name), dict):
             given[name] = json.dumps(given[name])
+    _check_types(classes, given, sys.argv[1])
     return parser.parse_dict(given)
+
+
+_PLAIN = {bool: bool, int: int, float: (int, float), str: str}
+
+
+def _check_types(classes: tuple[type, ...], given: dict[str, Any], path: str) -> None:
+    """Raises a ValueError for a value of another type than its argument has: flags are converted, files are not."""
+    for each in (each for cls in classes for each in fields(cls)):
+        value, alternatives = given.get(each.name), [each.type]
+        if get_origin(each.type) in (Union, UnionType):
+            alternatives = [kind for kind in get_args(each.type) if kind is not NoneType]
+        if value is None or len(alternatives) > 1:
+            continue
+        (kind,) = alternatives
+        if get_origin(kind) is list:
+            right = isinstance(value, list) and all(_is(item, get_args(kind)[0]) for item in value)
+        else:
+            right = _is(value, kind)
+        if not right:
+            raise ValueError(f"{each.name} ({value!r}) in {path} must be {kind if get_origin(kind) else kind.__name__}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value has a plain type; True of other types, which are checked where they are used."""
+    if kind not in _PLAIN:
+        return True
+    return isinstance(value, _PLAIN[kind]) and (kind is bool or not isinstance(value, bool))
 
 
 def model_source(name: str) -> str | Path:
@@ -60,8 +108,9 @@ def model_source(name: str) -> str | Path:
 def written_pruning(text: str, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """A pruning from a preset's name, JSON or a `.json` file; the separator is protected where nothing else is said."""
     if text.endswith(".json"):
-        text = Path(text).read_text()
-    wish = json.loads(text) if text.lstrip().startswith("{") else {"preset": text}
+        wish = read_mapping(text)
+    else:
+        wish = parse_mapping("pruning", text) if text.lstrip().startswith("{") else {"preset": text}
     if tokenizer is not None and tokenizer.sep_token_id is not None:
         wish.setdefault("protected_token_ids", [tokenizer.sep_token_id])
     return wish

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from . import packaged
@@ -17,6 +18,7 @@ def load_classification(
     config: str | None = None,
     input_column: str = "text",
     label_column: str = "label",
+    images: bool = False,
     labelled: bool = True,
 ) -> datasets.DatasetDict:
     """Loads a data set and brings it to the columns `text` (str) or `image` (Image), and `label` (ClassLabel).
@@ -24,14 +26,18 @@ def load_classification(
     The splits are `train` and `test`.
 
     Args:
-        name: a packaged set's short name, a Hub id, a folder that `datasets` reads, or a `.csv`, `.json`, `.jsonl` or
-            `.parquet` file.
+        name: a packaged set's short name, a Hub id, a folder that `datasets` reads, or a file with one of the endings
+            of `FILE_KINDS`.
         config: the data set's configuration, where it has several.
+        images: whether `input_column` must hold images; otherwise it must hold text.
         labelled: whether `label` must be there; if not, it is as the file has it, and is missing where that has none.
 
     Raises:
-        ValueError: data that cannot be read or have no rows, columns that are not there, or no split to train on.
+        ValueError: data that cannot be read or have no rows, columns that are not there or hold something else, rows
+            without a value, labels of one class, or no split to train on.
     """
+    if input_column == label_column:
+        raise ValueError(f"column {input_column!r} must not be both the input and the label")
     splits = _load(name, config, label_column)
     if not all(map(len, splits.values())):
         raise ValueError(_no_rows(name))
@@ -42,13 +48,66 @@ def load_classification(
         if column not in splits["train"].column_names:
             raise ValueError(f"column {column!r} is not in {name}; it has {splits['train'].column_names}")
     splits = splits.select_columns(columns)
-    kind = "image" if isinstance(splits["train"].features[input_column], datasets.Image) else "text"
-    splits = splits.rename_columns({a: b for a, b in zip(columns, (kind, "label")) if a != b})
-    if not labelled or isinstance(splits["train"].features["label"], datasets.ClassLabel):
+    check_column(input_column, splits["train"].features[input_column], images=images)
+    for column in columns if labelled else [input_column]:
+        _check_values(splits, column)
+    splits = splits.rename_columns({a: b for a, b in zip(columns, ("image" if images else "text", "label")) if a != b})
+    if not labelled:
         return splits
-    if not isinstance(splits["train"].features["label"], datasets.Value):
-        raise ValueError(f"column {label_column!r} of {name} must hold one class a row")
-    return _encode_labels(splits)
+    if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
+        if not isinstance(splits["train"].features["label"], datasets.Value):
+            raise ValueError(f"column {label_column!r} of {name} must hold one class a row")
+        splits = _encode_labels(splits)
+    names = splits["train"].features["label"].names
+    if len(names) < 2:
+        raise ValueError(f"column {label_column!r} of {name} (only {names[0]!r}) must hold at least two classes")
+    return splits
+
+
+def check_column(name: str, feature: Any, *, images: bool) -> None:
+    """Raises a ValueError unless a column holds images, or text."""
+    if images and not isinstance(feature, datasets.Image):
+        raise ValueError(f"column {name!r} holds {feature}; image_column must hold images")
+    text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    if not images and not text:
+        raise ValueError(f"column {name!r} holds {feature}; text_column must hold text")
+
+
+def _check_values(splits: datasets.DatasetDict, column: str) -> None:
+    """Raises a ValueError that names the first row without a value."""
+    for name, split in splits.items():
+        missing = pc.is_null(split.data.column(column), nan_is_null=True)
+        if pc.any(missing).as_py():
+            raise ValueError(f"row {pc.index(missing, True).as_py()} of {name}: {column} (None) must have a value")
+
+
+def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises a ValueError for a length that a tokenizer does not cut to: it leaves texts whole then."""
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise ValueError(f"max_length ({max_length}) must be > {special}, which the special tokens take")
+
+
+FILE_KINDS = {
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+def file_kind(file: str | Path) -> str:
+    """The builder of `datasets` that reads a file, packed or not.
+
+    Raises:
+        ValueError: another ending.
+    """
+    for suffix in reversed(Path(file).suffixes):  # data.json.gz
+        if suffix.lower() in FILE_KINDS:
+            return FILE_KINDS[suffix.lower()]
+    raise ValueError(f"{file}: its ending must be one of {', '.join(FILE_KINDS)}")
 
 
 NAMED = {"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."}
@@ -76,6 +135,7 @@ class DataArguments:
             config=self.dataset_config,
             input_column=self.image_column or self.text_column,
             label_column=self.label_column,
+            images=self.image_column is not None,
             labelled=labelled,
         )
 
@@ -83,8 +143,6 @@ class DataArguments:
 def _encode_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     """One numbering for all splits, though a class may be missing in one of them."""
     values = {value for split in splits.values() for value in split.unique("label")}
-    if None in values:
-        raise ValueError("label (None) must be there in every row")
     numbers = {value: number for number, value in enumerate(sorted(values))}
     feature = datasets.ClassLabel(names=[str(value) for value in numbers])
     return datasets.DatasetDict(
@@ -102,8 +160,9 @@ def _load(name: str, config: str | None, label_column: str) -> datasets.DatasetD
         return packaged.load_dataset(name)
     path = Path(name)
     if path.is_file():
-        kind = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
-        return _set_a_fifth_aside(_read(name, kind, data_files=str(path))["train"], name)
+        return _set_a_fifth_aside(_read(name, file_kind(path), data_files=str(path))["train"], name)
+    if path.suffix.lower() in FILE_KINDS:
+        raise ValueError(f"{name} must be a file, and there is none")
     splits = _read(name, name, config)
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
@@ -154,9 +213,16 @@ def _labelled(split: datasets.Dataset, column: str) -> bool:
 
 
 def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.DatasetDict:
-    """Token ids of at most `max_length`, unpadded, beside `label`; the text stays for those who show it."""
+    """Token ids of at most `max_length`, or of what the tokenizer's model takes, unpadded, beside `label`; the text
+    stays for those who show it.
+
+    Raises:
+        ValueError: a length that leaves no token but special ones.
+    """
+    check_max_length(max_length, tokenizer)
+    length = min(max_length, tokenizer.model_max_length)
     return splits.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length), batched=True, desc="tokenize"
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=length), batched=True, desc="tokenize"
     )
 
 
@@ -168,12 +234,21 @@ def read_images(
     Args:
         image_size: pixels of the side that images are brought to; None: as the processor has it.
     """
-    sizes: dict[str, Any] = {}
-    if image_size is not None:
-        square = {"height": image_size, "width": image_size}
-        sizes["size"] = {"shortest_edge": image_size} if "shortest_edge" in (processor.size or {}) else square
-        sizes |= {"crop_size": square} if getattr(processor, "do_center_crop", False) else {}
+    sizes = {} if image_size is None else processor_sizes(processor, image_size)
     return splits.with_transform(partial(_pixels, processor=processor, sizes=sizes))
+
+
+def processor_sizes(processor: BaseImageProcessor, pixels: int) -> dict[str, dict[str, int]]:
+    """What a processor is told for it to make images of that side.
+
+    Raises:
+        ValueError: no pixels.
+    """
+    if pixels < 1:
+        raise ValueError(f"image_size ({pixels}) must be >= 1")
+    square = {"height": pixels, "width": pixels}
+    size = {"shortest_edge": pixels} if "shortest_edge" in (processor.size or {}) else square
+    return {"size": size} | ({"crop_size": square} if getattr(processor, "do_center_crop", False) else {})
 
 
 def _pixels(rows: dict[str, list], processor: BaseImageProcessor, sizes: dict[str, Any]) -> dict[str, list]:

@@ -24,7 +24,6 @@ from transformers import (
     BertForSequenceClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
-    HfArgumentParser,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from hf_tokenprune import PruningConfig, count_macs, prune
+from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling import Timing, peak_memory, speedup, speedup_bound, time_interleaved
 from hf_tokenprune.profiling.arguments import DTYPES
@@ -100,7 +100,10 @@ class Point:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+    try:
+        (arguments,) = parse_arguments(BenchmarkArguments)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
     for name, known in {"models": MODELS, "dtypes": DTYPES, "runtimes": RUNTIMES}.items():
         unknown = sorted(set(getattr(arguments, name)) - set(known))
         if unknown:

@@ -4,7 +4,7 @@
         --evidence model_cards/evidence/minilm-20newsgroups-religion.json
 """
 
-import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import yaml
 
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import write_atomically
-from hf_tokenprune.hub.cards import measured_card, read_about, schedule_of
+from hf_tokenprune.hub.cards import measured_card, read_about, read_evidence, schedule_of
 from hf_tokenprune.viz import comparison_picture
 
 
@@ -30,18 +30,22 @@ class CardArguments:
     )
     output: str | None = field(default=None, metadata={"help": "The card; model_cards/<recipe>.md if not given."})
 
+    @property
+    def card(self) -> Path:
+        return Path(self.output or CARDS / f"{Path(self.recipe).name}.md")
+
 
 def card_text(arguments: CardArguments) -> str:
     evidence, recipe = Path(arguments.evidence), Path(arguments.recipe).name
-    measured = json.loads(evidence.read_text())
+    measured, folder = read_evidence(evidence), os.path.relpath(evidence.parent, arguments.card.parent)
     card = measured_card(
         read_about(arguments.recipe),
         measured,
         recipe=recipe,
         # Where the command of the card leaves it.
         address=arguments.address or f"outputs/{recipe}/seed-{measured['seeds'][0]}/pruned/model",
-        picture=f"evidence/{evidence.stem}.png",
-        schedule=f"evidence/{_schedule(evidence).name}",
+        picture=f"{folder}/{evidence.stem}.png",
+        schedule=f"{folder}/{_schedule(evidence).name}",
         template=arguments.template,
     )
     return f"{str(card).rstrip()}\n"
@@ -49,7 +53,7 @@ def card_text(arguments: CardArguments) -> str:
 
 def draw(arguments: CardArguments) -> None:
     path, about = Path(arguments.evidence), read_about(arguments.recipe)
-    evidence = json.loads(path.read_text())
+    evidence = read_evidence(path)
     comparison_picture(evidence, path.with_suffix(".png"), title=about["title"])
     schedule_of(evidence, about, _schedule(path))
 
@@ -65,9 +69,8 @@ def main() -> None:
         draw(arguments)
     except (ImportError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-    output = Path(arguments.output or CARDS / f"{Path(arguments.recipe).name}.md")
-    write_atomically(output, text.encode())
-    print(f"wrote {output}")
+    write_atomically(arguments.card, text.encode())
+    print(f"wrote {arguments.card}")
 
 
 if __name__ == "__main__":

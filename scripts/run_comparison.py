@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from hf_tokenprune import packaged
+from hf_tokenprune import TokenPruneTrainingArguments, packaged
+from hf_tokenprune.checkpoints import weights_digest
 from hf_tokenprune.command_line import parse_arguments, read_mapping
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
+from hf_tokenprune.training.finetune import FinetuneArguments
 from hf_tokenprune.training.timed_runs import time_runs
 
 
@@ -68,6 +70,16 @@ class Comparison:
                 raise ValueError(f"timed_runs ({name!r}) must be, once, one of {', '.join(others)}")
         self.folder = Path(arguments.output_dir)
         self.threads = max(1, torch.get_num_threads() // arguments.processes)
+
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raises a ValueError for an argument that `run_finetune.py` does not have, before any run begins."""
+        known = {each.name for cls in (FinetuneArguments, TokenPruneTrainingArguments) for each in fields(cls)}
+        for name, given in {"baseline": self.recipe.baseline, **self.recipe.others}.items():
+            for argument in given:
+                if argument not in known:
+                    raise ValueError(f"{name} of {self.arguments.recipe} has {argument!r}, no run_finetune.py argument")
 
     def folder_of(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}"
@@ -136,6 +148,7 @@ class Comparison:
             "machine": done[names[0], seeds[0]]["machine"],
             "quality": summarise(reports),
             "prunings": [report["pruning"] for report in reports["pruned"]],
+            "weights": [weights_digest(self.folder_of(seed) / "pruned" / "model") for seed in seeds],
         }
 
     def time(self) -> dict[str, Any]:
@@ -152,7 +165,7 @@ def main() -> None:
         report = comparison.run()
         if arguments.timed_inputs:
             report["speed"] = comparison.time()
-    except (packaged.PackagedFileError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (packaged.PackagedFileError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     write_atomically(comparison.folder / "comparison.json", json.dumps(report, indent=1).encode())
     tables = quality_table(report["quality"])

@@ -20,7 +20,7 @@ from hf_tokenprune import packaged
 from hf_tokenprune.checkpoints import load_model, load_processing, takes_images
 from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
 from hf_tokenprune.convert import prune
-from hf_tokenprune.data import DataArguments, read_images, tokenize
+from hf_tokenprune.data import DataArguments, check_max_length, read_images, tokenize
 from hf_tokenprune.modeling.pruning_config import PruningConfig
 from hf_tokenprune.viz import DocumentView, draw_patches, draw_tokens, explain, render_page, write_page
 
@@ -44,6 +44,8 @@ class ExplainArguments(DataArguments):
             raise ValueError(f"one of texts ({self.texts}) and dataset_name ({self.dataset_name}) must be given")
         if self.inputs < 1:
             raise ValueError(f"inputs ({self.inputs}) must be >= 1")
+        if self.split not in ("train", "test"):
+            raise ValueError(f"split ({self.split!r}) must be train or test")
 
 
 def load(arguments: ExplainArguments) -> tuple[PreTrainedModel, object]:
@@ -62,12 +64,13 @@ def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object
         kind = "takes images" if takes_images(model.config) else "takes texts"
         raise ValueError(f"image_column ({arguments.image_column}) must fit the model, which {kind}")
     if arguments.texts is not None:
+        check_max_length(arguments.max_length, processing)
         given = processing(arguments.texts, truncation=True, max_length=arguments.max_length, padding=True)
         return dict(given.convert_to_tensors("pt")), None
-    splits = arguments.load()
+    splits = arguments.load(labelled=False)
     rows = splits[arguments.split].shuffle(seed=arguments.seed)
     rows = rows.select(range(min(arguments.inputs, len(rows))))
-    labels = [rows.features["label"].names[label] for label in rows["label"]]
+    labels = _labels(rows) if "label" in rows.column_names else None
     only = datasets.DatasetDict(rows=rows)
     if arguments.image_column is not None:
         read = list(read_images(only, processing, arguments.image_size)["rows"])
@@ -75,6 +78,13 @@ def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object
     rows = tokenize(only, processing, arguments.max_length)["rows"]
     taken = [name for name in processing.model_input_names if name in rows.column_names]
     return dict(DataCollatorWithPadding(processing)(list(rows.select_columns(taken)))), labels
+
+
+def _labels(rows: datasets.Dataset) -> list[str]:
+    """As they are named, or as they are."""
+    feature = rows.features["label"]
+    known = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return [str(label if known is None or label is None or label < 0 else known[label]) for label in rows["label"]]
 
 
 def alive_by_layer(views: list[DocumentView], depth: int) -> dict[str, list[float]]:
@@ -108,8 +118,13 @@ def main() -> None:
             folder / "tokens_per_layer.png",
             title=f"Tokens that leave each layer: {name}",
         )
-        for number, view in enumerate(view for view in views if view.picture is not None):
-            draw_patches(view, folder / f"patches-{number}.png", title=f"{name}, image {number + 1}")
+        drawn = {
+            folder / f"patches-{number}.png": view for number, view in enumerate(views) if view.picture is not None
+        }
+        for number, (path, view) in enumerate(drawn.items(), 1):
+            draw_patches(view, path, title=f"{name}, image {number}")
+        for path in set(folder.glob("patches-*.png")) - set(drawn):  # of a run before
+            path.unlink()
         page = render_page(views, title=f"What became of each token: {name}", summary=described(model.config.pruning))
         write_page(folder / "explain.html", page)
     except (ImportError, KeyError, OSError, TypeError, ValueError, packaged.PackagedFileError) as error:

@@ -9,8 +9,6 @@ Started again with the same arguments, it goes on from the last checkpoint in `o
 model and `report.json`: the metrics, what each test input was taken for, and the machine.
 """
 
-import yaml
-
 from hf_tokenprune import TokenPruneTrainingArguments, packaged
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.training.finetune import FinetuneArguments, finetune
@@ -20,7 +18,7 @@ def main() -> None:
     try:
         arguments, training = parse_arguments(FinetuneArguments, TokenPruneTrainingArguments)
         report = finetune(arguments, training)
-    except (packaged.PackagedFileError, ImportError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (packaged.PackagedFileError, ImportError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     test = report["test"]
     if training.process_index:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -215,7 +214,7 @@ def main() -> None:
         if arguments.held_back:
             found["held_back"] = held_back(model, subject, found, arguments)
             words += f" On inputs that it was not found on:\n{table(found['held_back'])}\n"
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if arguments.how != "calibrate" or not arguments.prior_share:
         remove_earlier_model(arguments)

@@ -13,7 +13,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import yaml
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -25,7 +24,7 @@ from hf_tokenprune.prediction.arguments import one_line
 def main() -> None:
     try:
         (arguments,) = parse_arguments(PredictionArguments)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {one_line(error)}") from error
     logging.disable_progress_bar()  # one bar per process, for loading weights
     summary = predict_dataset(arguments)

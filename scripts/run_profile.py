@@ -17,7 +17,6 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch.distributed
-import yaml
 
 from hf_tokenprune import packaged
 from hf_tokenprune.command_line import parse_arguments
@@ -37,7 +36,6 @@ def main() -> None:
         RuntimeError,
         TypeError,
         ValueError,
-        yaml.YAMLError,
     ) as error:
         raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     finally:

@@ -10,7 +10,9 @@ The token is that of `HF_TOKEN` or `hf auth login`. With `stage_dir` the files s
 is published without a `repo_id`.
 """
 
-import json
+import filecmp
+import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_tokenprune import packaged
-from hf_tokenprune.checkpoints import load_model, load_processing
+from hf_tokenprune.checkpoints import load_model, load_processing, task_of, weights_digest
 from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
 from hf_tokenprune.convert import prune
 from hf_tokenprune.hub.cards import (
@@ -27,10 +29,12 @@ from hf_tokenprune.hub.cards import (
     evaluation_results,
     measured_card,
     read_about,
+    read_evidence,
     schedule_of,
     unmeasured_card,
 )
-from hf_tokenprune.hub.push import push, stage
+from hf_tokenprune.hub.push import push, require_token, stage
+from hf_tokenprune.modeling.model_repository import pipeline_tag
 from hf_tokenprune.viz import comparison_picture
 
 
@@ -52,7 +56,7 @@ class PushArguments:
     base_model: str | None = field(default=None, metadata={"help": "Hub id, without a recipe."})
     license: str | None = field(default=None, metadata={"help": "The model's licence, without a recipe: apache-2.0."})
     template: str = field(default=str(TEMPLATE), metadata={"help": "The card's, a Jinja file."})
-    stage_dir: str | None = field(default=None, metadata={"help": "An empty folder that keeps the files."})
+    stage_dir: str | None = field(default=None, metadata={"help": "A folder that keeps the files: a new or empty one."})
     private: bool = field(default=False, metadata={"help": "A repository that is made now is private."})
     revision: str | None = field(default=None, metadata={"help": "A branch; made if it is not there."})
     overwrite: bool = field(default=False, metadata={"help": "The repository may hold something already."})
@@ -67,26 +71,71 @@ class PushArguments:
 
 def make(arguments: PushArguments, scratch: Path) -> Path:
     """A folder with all files of the repository."""
-    folder = Path(arguments.stage_dir or scratch / "repository")
+    folder = scratch / "repository"
     source = model_source(arguments.model_name_or_path)
     model = load_model(source)
     processing = load_processing(source, model.config)
     model = prune(model, _pruning(arguments, model, processing))
+    if model.base_model.looks_ids_up and any(table.empty for table in model.base_model.prior_tables()):
+        raise ValueError("the table of saliency ('token_prior') must be filled: fit_token_prior or fine-tuning does so")
     address = arguments.repo_id or SOMEWHERE
     if arguments.recipe is None:
-        title = arguments.title or (arguments.repo_id or folder.name).rpartition("/")[2]
+        title = arguments.title or (arguments.repo_id or Path(arguments.stage_dir).name).rpartition("/")[2]
         known = {"base_model": arguments.base_model, "license": arguments.license}
         card = unmeasured_card(model, title=title, **known, template=arguments.template, address=address)
         return stage(folder, model, processing, card)
-    about, evidence = read_about(arguments.recipe), json.loads(Path(arguments.evidence).read_text())
-    if (model.config.pruning and model.config.pruning.to_dict()) not in evidence["prunings"]:
-        raise ValueError(f"evidence ({arguments.evidence}) must be of this model's pruning, and is of others")
+    about, evidence = read_about(arguments.recipe), read_evidence(arguments.evidence)
+    task = pipeline_tag(task_of(type(model).__name__).auto.__name__, model.config)
+    if task != about["pipeline_tag"]:
+        raise ValueError(
+            f"{type(model).__name__} ({task}) must be for {about['pipeline_tag']}, as {arguments.recipe} is"
+        )
+    seed = measured_seed(evidence, model, source, arguments.evidence)
     picture = comparison_picture(evidence, scratch / "accuracy_over_macs.png", title=about["title"])
-    drawn = schedule_of(evidence, about, scratch / "schedule.png")
+    drawn = schedule_of(evidence, about, scratch / "schedule.png", seed)
     named = {"recipe": Path(arguments.recipe).name, "picture": picture.name, "schedule": drawn.name}
-    card = measured_card(about, evidence, **named, template=arguments.template, address=address)
+    card = measured_card(about, evidence, **named, template=arguments.template, address=address, seed=seed)
     results = evaluation_results(about, evidence)
     return stage(folder, model, processing, card, evidence=evidence, pictures=[picture, drawn], results=results)
+
+
+def measured_seed(evidence: dict[str, Any], model: PreTrainedModel, source: str | Path, name: str) -> int:
+    """Which of a comparison's pruned models this one is, by its place among the seeds.
+
+    Raises:
+        ValueError: none of them.
+    """
+    own = model.config.pruning and model.config.pruning.to_dict()
+    seeds = [seed for seed, pruning in enumerate(evidence["prunings"]) if pruning == own]
+    if not seeds:
+        raise ValueError(f"evidence ({name}) must be of this model's pruning, and is of others")
+    if "weights" in evidence:  # older comparisons did not tell them
+        digest = weights_digest(source)
+        seeds = [seed for seed in seeds if evidence["weights"][seed] == digest]
+    if not seeds:
+        raise ValueError(f"evidence ({name}) must be of this model's weights, and is of others")
+    return seeds[0]
+
+
+def keep(made: Path, folder: Path) -> Path:
+    """Puts the files that were made into a folder at once, or leaves there what is the same already.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        if not _same(made, folder):
+            raise ValueError(f"stage_dir ({folder}) must be empty, or hold what is staged now")
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as near:
+        os.replace(shutil.copytree(made, Path(near) / "repository"), folder)
+    return folder
+
+
+def _same(one: Path, other: Path) -> bool:
+    files, theirs = ({path.relative_to(top) for path in top.rglob("*") if path.is_file()} for top in (one, other))
+    return files == theirs and all(filecmp.cmp(one / path, other / path, shallow=False) for path in files)
 
 
 def _pruning(arguments: PushArguments, model: PreTrainedModel, processing: Any) -> Any:
@@ -99,8 +148,12 @@ def _pruning(arguments: PushArguments, model: PreTrainedModel, processing: Any) 
 def main() -> None:
     try:
         (arguments,) = parse_arguments(PushArguments)
+        if arguments.repo_id is not None:
+            require_token()
         with tempfile.TemporaryDirectory() as scratch:
             folder = make(arguments, Path(scratch))
+            if arguments.stage_dir is not None:
+                folder = keep(folder, Path(arguments.stage_dir))
             if arguments.repo_id is None:
                 print(f"wrote {folder}; nothing was published")
                 return

@@ -29,7 +29,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -37,7 +36,7 @@ from transformers import (
 )
 
 from hf_tokenprune import PruningConfig, packaged, prune
-from hf_tokenprune.command_line import model_source, written_pruning
+from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
 from hf_tokenprune.data import load_classification, tokenize
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.hub import run_in_fresh_process
@@ -50,10 +49,38 @@ from hf_tokenprune.profiling.macs import MacCount, count_call
 from hf_tokenprune.viz import OperatingPoint, accuracy_over_macs, document_views, render_page, write_page
 
 
+# What is taken where nothing is asked for.
+USUAL = {
+    "model_name_or_path": "minilm-l6",
+    "max_length": 128,
+    "pruning": '{"preset": "adaptive", "layers": [1, 2, 3], "threshold": 0.08}',
+    "timed_rounds": 7,
+    "shown_documents": 6,
+}
+FAST = {
+    "model_name_or_path": "bert-tiny",
+    "max_length": 64,
+    "pruning": '{"preset": "top_k", "layers": [0], "keep_rate": 0.4}',
+    "max_train_samples": 320,
+    "max_test_samples": 160,
+    "timed_rounds": 5,
+    "shown_documents": 3,
+}
+COUNTS = (
+    "batch_size",
+    "eval_batch_size",
+    "max_train_samples",
+    "max_test_samples",
+    "timed_documents",
+    "timed_rounds",
+    "shown_documents",
+)
+
+
 @dataclass
 class QuickstartArguments:
-    model_name_or_path: str = field(
-        default="minilm-l6", metadata={"help": "a packaged model's short name, a folder, or a Hub id"}
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "a packaged model's short name (minilm-l6), a folder, or a Hub id"}
     )
     dataset_name: str = field(
         default="20newsgroups-religion", metadata={"help": "a packaged set's short name, a Hub id, or a file"}
@@ -61,11 +88,10 @@ class QuickstartArguments:
     dataset_config: str | None = None
     text_column: str = "text"
     label_column: str = "label"
-    pruning: str = field(
-        default='{"preset": "adaptive", "layers": [1, 2, 3], "threshold": 0.08}',
-        metadata={"help": "a preset's name, or JSON with its hyper-parameters"},
+    pruning: str | None = field(
+        default=None, metadata={"help": "a preset's name, or JSON with its hyper-parameters; adaptive if not given"}
     )
-    max_length: int = 128
+    max_length: int | None = field(default=None, metadata={"help": "tokens that a text is cut to: 128"})
     epochs: float = field(default=1.0, metadata={"help": "of the baseline"})
     further_epochs: float = field(default=1.0, metadata={"help": "of the control and of the pruned model"})
     learning_rate: float = 1e-4
@@ -75,19 +101,25 @@ class QuickstartArguments:
     max_train_samples: int | None = None
     max_test_samples: int | None = None
     timed_documents: int = field(default=128, metadata={"help": "test documents in the timing run"})
-    timed_rounds: int = 7
-    shown_documents: int = 6
+    timed_rounds: int | None = field(default=None, metadata={"help": "of the timing run: 7"})
+    shown_documents: int | None = field(default=None, metadata={"help": "test documents on the page: 6"})
     seed: int = 0
     output_dir: str = "outputs/quickstart"
-    fast: bool = field(default=False, metadata={"help": "BERT-tiny on few documents: shows that all works, no figures"})
+    fast: bool = field(
+        default=False, metadata={"help": "BERT-tiny on few documents, where nothing else is asked for: no figures"}
+    )
 
     def __post_init__(self) -> None:
-        if not self.fast:
-            return
-        self.model_name_or_path, self.max_length = "bert-tiny", 64
-        self.pruning = '{"preset": "top_k", "layers": [0], "keep_rate": 0.4}'
-        self.max_train_samples, self.max_test_samples = 320, 160
-        self.timed_rounds, self.shown_documents = 5, 3
+        for name, value in (FAST if self.fast else USUAL).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be >= 1")
+        for name in ("epochs", "further_epochs", "learning_rate", "further_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be > 0")
 
 
 @dataclass
@@ -159,6 +191,7 @@ class Quickstart:
             self.splits = self.load_data()
             baseline = self.load_baseline()
             self.pruning = self.resolve_pruning(baseline)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except (packaged.PackagedFileError, OSError, TypeError, ValueError) as error:
             raise SystemExit(f"{type(error).__name__}: {error}") from error
         return baseline
@@ -223,10 +256,10 @@ class Quickstart:
         ).train()
         model.eval()
 
-    def batches(self, split: datasets.Dataset) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, split: datasets.Dataset, size: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         columns = [*self.tokenizer.model_input_names, "label"]
         for rows in split.select_columns([c for c in columns if c in split.column_names]).iter(
-            self.arguments.eval_batch_size
+            size or self.arguments.eval_batch_size
         ):
             size = len(rows["label"])
             batch = self.collator([{name: rows[name][i] for name in rows} for i in range(size)])
@@ -295,7 +328,7 @@ class Quickstart:
         title = f"{self.arguments.model_name_or_path} on {self.arguments.dataset_name}"
         accuracy_over_macs(points, self.folder / "accuracy_over_macs.png", title=title)
         shown = self.splits["test"].select(range(min(self.arguments.shown_documents, len(self.splits["test"]))))
-        batch = next(self.batches(shown))
+        batch = next(self.batches(shown, len(shown)))
         labels = self.splits["test"].features["label"].names
         truth = [labels[i] for i in batch.pop("labels").tolist()]
         output = pruned(**batch, output_token_trace=True)
@@ -373,7 +406,10 @@ def table(report: dict) -> str:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
+    try:
+        (arguments,) = parse_arguments(QuickstartArguments)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     started = time.perf_counter()
     Quickstart(arguments).run()
     print(f"\ndone in {time.perf_counter() - started:.0f} s; everything is in {arguments.output_dir}")

@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
+from hf_tokenprune.checkpoints import weights_digest
 from hf_tokenprune.command_line import written_pruning
 from hf_tokenprune.training.comparison import Recipe, summarise
 from hf_tokenprune.training.finetune import FinetuneArguments
@@ -101,6 +102,7 @@ def test_the_command(tmp_path):
     for row in (pruned, control):
         own = timed[row["run"]]
         assert own["mac_ratio_to_unpadded"] == pytest.approx(row["mac_ratio_to_unpadded"]) and own["realised"] > 0
+    assert report["weights"] == [weights_digest(tmp_path / "out" / "seed-4" / "pruned" / "model")]
     assert ">=" not in done.stdout.split("| time |")[1]  # three rounds bound nothing
     assert done.stdout == (tmp_path / "out" / "comparison.md").read_text() and "| pruned | " in done.stdout
     report = tmp_path / "out" / "seed-4" / "pruned" / "report.json"
@@ -111,6 +113,13 @@ def test_the_command(tmp_path):
     assert again.returncode == 0 and report.stat().st_mtime_ns == before  # what is done is not done again
     other = subprocess.run(asked, capture_output=True, text=True, timeout=300)
     assert other.returncode == 1 and "ValueError: held_out_samples (None) must be 7" in other.stderr
+
+
+def test_an_argument_that_is_none_is_said_before_any_run(tmp_path):
+    recipe = str(write_recipe(tmp_path / "recipe", pruned=PRUNED | {"learnig_rate": 1e-4}))
+    run_comparison = runpy.run_path(str(SCRIPT))
+    with pytest.raises(ValueError, match=r"pruned of .* has 'learnig_rate', no run_finetune\.py argument"):
+        run_comparison["Comparison"](run_comparison["ComparisonArguments"](recipe, str(tmp_path)))
 
 
 def test_runs_to_time_are_of_the_recipe(tmp_path):

@@ -1,5 +1,7 @@
 """`run_explain.py` as a user runs it."""
 
+import copy
+import io
 import json
 import runpy
 import sys
@@ -7,8 +9,13 @@ from pathlib import Path
 
 import pytest
 import tiny
-from transformers import ViTForImageClassification
+import torch
+from PIL import Image
+from transformers import BertForSequenceClassification, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_tokenprune import prune
+from hf_tokenprune.viz import explain
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_explain.py"
@@ -40,6 +47,30 @@ def test_rows_of_a_data_set(run, tmp_path):
     run("--model_name_or_path", str(tmp_path / "model"), "--pruning", "top_k", "--inputs", "3", "--dataset_name",
         str(tmp_path / "data.jsonl"))  # fmt: skip
     assert (tmp_path / "seen" / "explain.html").read_text().count("<article") == 3
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps({"text": "w20 w9"}) + "\n" for _ in range(20)))
+    run("--model_name_or_path", str(tmp_path / "model"), "--pruning", "top_k", "--inputs", "2", "--dataset_name",
+        str(tmp_path / "bare.jsonl"))  # fmt: skip
+    assert (tmp_path / "seen" / "explain.html").read_text().count("<article") == 2
+
+
+@pytest.mark.parametrize("problem, labels", [("regression", 1), ("multi_label_classification", 3)])
+def test_what_is_no_class_is_shown_as_it_is(problem, labels):
+    torch.manual_seed(0)
+    config = copy.deepcopy(tiny.BERT)
+    config.update({"problem_type": problem, "num_labels": labels})
+    model = prune(BertForSequenceClassification(config).eval(), "top_k")
+    inputs = tiny.text_inputs([9, 5])
+    logits = model(**inputs).logits
+    for view, own in zip(explain(model, inputs, tiny.tokenizer()), logits):
+        named = ", ".join(f"LABEL_{place}" for place in range(labels) if own[place] > 0) or "none"
+        assert view.prediction == (f"{own.item():.3g}" if labels == 1 else named) and view.confidence is None
+
+
+def test_pixels_beyond_the_last_whole_patch_are_not_shown():
+    model = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), "top_k")
+    pixels = torch.nn.functional.pad(tiny.image_inputs(1)["pixel_values"], (0, 3, 0, 2))  # 26 x 27, patches of 4
+    (view,) = explain(model, {"pixel_values": pixels, "interpolate_pos_encoding": True}, ViTImageProcessorPil())
+    assert Image.open(io.BytesIO(view.picture.png)).size == (24, 24)
 
 
 @pytest.mark.real
@@ -53,6 +84,9 @@ def test_images(run, tmp_path):
     assert page.count("data:image/png;base64,") == page.count("<article") == 2
     assert page.count("<option") == 3  # the input and two sites: those that nobody leaves are not shown
     assert (tmp_path / "seen" / "patches-1.png").exists()
+    run("--model_name_or_path", str(tmp_path / "model"), "--pruning", merging, "--dataset_name",
+        "mnist-5k", "--image_column", "image", "--inputs", "1")  # fmt: skip
+    assert [path.name for path in (tmp_path / "seen").glob("patches-*")] == ["patches-0.png"]  # no older ones
 
 
 @pytest.mark.parametrize(
@@ -60,6 +94,8 @@ def test_images(run, tmp_path):
     [
         (["--texts", "w5"], "pruning (None) must have sites"),
         (["--texts", "w5", "--pruning", "top_k", "--image_column", "image"], "takes texts"),
+        (["--pruning", "top_k", "--dataset_name", "a", "--split", "validation"], "split ('validation') must be"),
+        (["--pruning", "top_k", "--texts", "w5", "--max_length", "1"], "max_length (1) must be > 2"),
         (["--pruning", "top_k"], "one of texts (None) and dataset_name (None) must be given"),
     ],
 )

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, ViTForImageClassification
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainingArguments
 from hf_tokenprune.command_line import parse_arguments
-from hf_tokenprune.training.finetune import FinetuneArguments, finetune, load_processor, load_splits
+from hf_tokenprune.training.finetune import FinetuneArguments, alone_in, finetune, load_processor, load_splits
 from hf_tokenprune.training.resuming import last_whole_checkpoint
 
 
@@ -126,6 +126,9 @@ def goes_on_as(path: Path, straight: Path) -> None:
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
+    # Trainer knows the last part alone: no time of the whole training is told.
+    train = json.loads((killed / "report.json").read_text())["train"]
+    assert last is None or (train["train_runtime"] is None and train["train_loss"] is None)
     pruning = [json.loads((f / "report.json").read_text())["pruning"] for f in (killed, straight)]
     assert pruning[0]["stages"][0]["values"] == pytest.approx(pruning[1]["stages"][0]["values"], abs=1e-6)
 
@@ -160,6 +163,24 @@ def test_a_run_whose_thresholds_were_moved_is_gone_on_with(room, step, tmp_path)
     (tmp_path / "killed" / "run.json").unlink()
     assert last_whole_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / f"checkpoint-{step}")
     goes_on_as(path, tmp_path / "straight")
+
+
+def test_started_once_more_it_keeps_what_it_measured(room, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "again")
+    before = json.loads((straight / "report.json").read_text())
+    finetune(*parse(recipe(room, tmp_path / "again")))
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert report["train"] == before["train"] and report["predicted"] == before["predicted"]
+
+
+def test_two_do_not_train_into_one_folder(room, tmp_path):
+    path = recipe(room, tmp_path / "shared")
+    with alone_in(tmp_path / "shared"):
+        done = run(path)
+        assert done.returncode == 1 and "another process is training into it" in done.stderr.splitlines()[-1]
+        with pytest.raises(ValueError, match="another process is training into it"):
+            finetune(*parse(path))
+    assert {each.name for each in (tmp_path / "shared").iterdir()} <= {".lock"}
 
 
 MISTAKES = {
@@ -204,6 +225,13 @@ def test_another_run_in_the_same_folder_is_refused(room, straight, changes):
     ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=rf"holds a run with {name} .*, now {value} is asked for"):
         finetune(*parse(recipe(room, straight, **changes)))
+
+
+def test_a_finished_run_without_checkpoints_is_not_written_over(room, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "done", ignore=shutil.ignore_patterns("checkpoint-*"))
+    path = recipe(room, tmp_path / "done", weight_decay=0.3, save_strategy="no")
+    with pytest.raises(ValueError, match=r"holds a run with weight_decay 0.0, now 0.3 is asked for"):
+        finetune(*parse(path))
 
 
 def test_held_out_inputs_are_of_the_training_split_and_not_trained_on(room):

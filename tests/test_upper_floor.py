@@ -137,6 +137,15 @@ def test_a_stranger_computes_the_same(tmp_path):
         run_in_fresh_process(tmp_path / "nothing", lists, ["AutoModel"])
 
 
+def test_the_fast_quickstart_keeps_what_was_asked_for():
+    arguments = runpy.run_path(str(SCRIPTS / "run_quickstart.py"))["QuickstartArguments"]
+    fast = arguments(fast=True)
+    assert (fast.model_name_or_path, fast.max_length, fast.max_train_samples) == ("bert-tiny", 64, 320)
+    asked = arguments(fast=True, model_name_or_path="minilm-l6", pruning="evit", max_train_samples=32)
+    assert (asked.model_name_or_path, asked.pruning, asked.max_train_samples) == ("minilm-l6", "evit", 32)
+    assert asked.max_length == 64
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     "wish, words",
@@ -145,8 +154,13 @@ def test_a_stranger_computes_the_same(tmp_path):
         (["--pruning", '{"preset": "adaptive", "layers": [1], "prior_threshold": 1}'], "needs a table, which"),
         (["--dataset_name", "reuters-r8", "--label_column", "topic"], "column 'topic' is not in reuters-r8"),
         (["--model_name_or_path", "/no/such/model"], "/no/such/model"),
+        (["--timed_rounds", "0"], "timed_rounds (0) must be >= 1"),
+        (["--shown_documents", "0"], "shown_documents (0) must be >= 1"),
+        (["--max_test_samples", "-3"], "max_test_samples (-3) must be >= 1"),
+        (["--learning_rate", "-1"], "learning_rate (-1.0) must be > 0"),
+        (["--output_dir", f"{__file__}/out", "--pruning", "top_k"], "NotADirectoryError"),
     ],
-    ids=["pruning", "table", "column", "model"],
+    ids=["pruning", "table", "column", "model", "rounds", "shown", "tested", "rate", "folder"],
 )
 def test_quickstart_ends_with_one_sentence(wish, words, tmp_path, monkeypatch):
     script = str(SCRIPTS / "run_quickstart.py")

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedModel
 
 from ..checkpoints import HEADS, NO_HEAD, task_of
+from ..command_line import read_mapping
 from ..modeling.model_repository import pipeline_tag
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
@@ -41,6 +42,20 @@ def read_about(recipe: str | Path) -> dict[str, Any]:
     return about
 
 
+def read_evidence(path: str | Path) -> dict[str, Any]:
+    """What `run_comparison.py` wrote.
+
+    Raises:
+        OSError: there is none.
+        ValueError: another file.
+    """
+    evidence = read_mapping(path)
+    missing = [name for name in ("quality", "seeds", "prunings", "machine") if name not in evidence]
+    if missing:
+        raise ValueError(f"{path} must be what run_comparison.py wrote, and has no {', '.join(missing)}")
+    return evidence
+
+
 def measured_card(
     about: Mapping[str, Any],
     evidence: Mapping[str, Any],
@@ -50,6 +65,7 @@ def measured_card(
     template: str | Path,
     schedule: str | None = None,
     address: str = SOMEWHERE,
+    seed: int = 0,
 ) -> ModelCard:
     """The card of the pruned model of a comparison.
 
@@ -59,6 +75,7 @@ def measured_card(
         template: a Jinja file.
         schedule: the picture that `schedule_of` draws, likewise; without it the card has none.
         address: what the card says that the model loads from, a repository's id or a folder.
+        seed: whose values the card shows, by its place among the comparison's.
 
     Raises:
         ValueError: a comparison that arguments were chosen by.
@@ -69,7 +86,7 @@ def measured_card(
     timed = {row["model"]: row for row in evidence.get("speed", {}).get("rows", ())}
     beside = [name for name in rows if name in timed and name != "pruned"]
     pruned = rows["pruned"]
-    pruning = PruningConfig.from_dict(evidence["prunings"][0])
+    pruning = PruningConfig.from_dict(evidence["prunings"][seed])
     seeds = " ".join(map(str, evidence["seeds"]))
     data = _metadata(
         about["title"],
@@ -94,6 +111,7 @@ def measured_card(
             "speed": time_table(**evidence["speed"]) if "speed" in evidence else None,
             "timed": timed.get("pruned", {}),
             "seeds": evidence["seeds"],
+            "of_seed": evidence["seeds"][seed],
             "of_seeds": ("seed " if len(evidence["seeds"]) == 1 else "mean of seeds ") + seeds.replace(" ", ", "),
             "machine": evidence["machine"],
             "command": f"python scripts/run_comparison.py --recipe recipes/{recipe} --seeds {seeds} "
@@ -143,15 +161,15 @@ def evaluation_results(about: Mapping[str, Any], evidence: Mapping[str, Any]) ->
     return eval_result_entries_to_yaml([entry])
 
 
-def schedule_of(evidence: Mapping[str, Any], about: Mapping[str, Any], path: str | Path) -> Path:
-    """Draws the schedule of the first seed of a comparison.
+def schedule_of(evidence: Mapping[str, Any], about: Mapping[str, Any], path: str | Path, seed: int = 0) -> Path:
+    """Draws the schedule of one seed of a comparison, by its place among them.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
     return schedule_picture(
-        PruningConfig.from_dict(evidence["prunings"][0]),
+        PruningConfig.from_dict(evidence["prunings"][seed]),
         path,
         layers=about["layers"],
         title=about["title"],

@@ -88,8 +88,7 @@ def push(
         PushError: no or a wrong token, a repository that holds something already or that changed meanwhile, no
             connection. Calling it again is safe. A commit that is there is one, even if its answer was lost.
     """
-    if (token or get_token()) is None:
-        raise PushError("no token: set HF_TOKEN, or log in by `hf auth login`")
+    require_token(token)
     api, before = HfApi(token=token), None
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -108,6 +107,12 @@ def push(
         if head is None:
             raise PushError(_why(error, repo_id, api.endpoint)) from error
         return CommitInfo(f"{api.endpoint}/{repo_id}/commit/{head}", message, "", head, _endpoint=api.endpoint)
+
+
+def require_token(token: str | None = None) -> None:
+    """Raises a PushError where there is no token to push with."""
+    if (token or get_token()) is None:
+        raise PushError("no token: set HF_TOKEN, or log in by `hf auth login`")
 
 
 def _check_empty(found: ModelInfo, overwrite: bool) -> None:

@@ -26,8 +26,10 @@ from transformers import (
 # Not from the top, where older releases put a stand-in that asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from ..checkpoints import activation_of
 from ..command_line import model_source, written_pruning
 from ..convert import prune
+from ..data import check_max_length
 from ..modeling.token_outputs import EncoderCall
 from .arguments import PredictionArguments
 from .inputs import Encoded, ImageEncoder, TextEncoder, token_batches
@@ -97,7 +99,7 @@ def load_predictor(arguments: PredictionArguments, rows: Rows, device: torch.dev
         features = {"embedding": datasets.List(datasets.Value("float32"), length=model.config.hidden_size)}
         columns = Embeddings(arguments.normalize)
         return Predictor(model, encode, _POOLING[arguments.pooling], columns, datasets.Features(features))
-    columns = Classes(model.config.id2label, model.config.num_labels, _activation(model.config), arguments.logits)
+    columns = Classes(model.config.id2label, model.config.num_labels, activation_of(model.config), arguments.logits)
     return Predictor(model, encode, _logits, columns, columns.features)
 
 
@@ -148,6 +150,8 @@ def _max_length(asked: int | None, model: PreTrainedModel, tokenizer: PreTrained
     places = model.config.max_position_embeddings
     if asked is not None and asked > places:
         raise ValueError(f"max_length ({asked}) must be at most max_position_embeddings ({places})")
+    if asked is not None:
+        check_max_length(asked, tokenizer)
     return min(places, tokenizer.model_max_length) if asked is None else asked
 
 
@@ -229,12 +233,6 @@ class Classes:
         labels = [str(self.labels[i]) for i in index.tolist()]
         columns = {"label": pa.array(labels, pa.string()), "score": pa.array(best.numpy(), pa.float32())}
         return columns | ({"logits": _vectors(logits)} if self.with_logits else {})
-
-
-def _activation(config: Any) -> str:
-    if config.problem_type == "regression":
-        return "none"
-    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
 
 def _vectors(values: torch.Tensor) -> pa.Array:

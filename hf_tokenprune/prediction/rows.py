@@ -15,17 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import packaged
+from ..data import FILE_KINDS, check_column, file_kind
 from .arguments import PredictionArguments, PredictionError, one_line
 
 
-_KINDS = {
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
 _UNTYPED = datasets.Value("null")
 _TEXT = datasets.Value("string")
 _PARQUET_BLOCK = 1000
@@ -114,7 +107,7 @@ def open_rows(arguments: PredictionArguments) -> Rows:
             raise ValueError(f"column {wish!r} is not in {_name(arguments)}; it has {first.column_names}")
     known = known or datasets.Features.from_arrow_schema(first.schema)
     features = datasets.Features({wish: known[wish] for wish in wanted})
-    _check_column(column, features[column], images=arguments.image_column is not None)
+    check_column(column, features[column], images=arguments.image_column is not None)
     return Rows(stream.select_columns(wanted), features, column, count)
 
 
@@ -157,10 +150,10 @@ def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, dat
     files = arguments.data_files
     if name is None or Path(name).is_file():
         files = files or [name]
-        name = _kind(files[0])
+        name = file_kind(files[0])
     wish = {
         # One kind of local files, whatever they are called, is the split that was asked for.
-        "data_files": {split: files} if files and name in _KINDS.values() else files,
+        "data_files": {split: files} if files and name in FILE_KINDS.values() else files,
         "revision": arguments.dataset_revision,
     }
     try:
@@ -194,13 +187,6 @@ def _whole(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("bool", "int", "uint"))
 
 
-def _kind(file: str) -> str:
-    for suffix in reversed(Path(file).suffixes):  # data.json.gz
-        if suffix.lower() in _KINDS:
-            return _KINDS[suffix.lower()]
-    raise ValueError(f"{file}: its ending must be one of {', '.join(_KINDS)}, or dataset_name must name the kind")
-
-
 def _one_split(data: Any, name: str, split: str) -> tuple[datasets.IterableDataset, datasets.Features, int]:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -215,11 +201,3 @@ def _name(arguments: PredictionArguments) -> str:
 
 def _no_rows(arguments: PredictionArguments) -> str:
     return f"{_name(arguments)}, split {arguments.split!r}, has no rows at its beginning; it must have at least one"
-
-
-def _check_column(name: str, feature: Any, *, images: bool) -> None:
-    if images and not isinstance(feature, datasets.Image):
-        raise ValueError(f"column {name!r} holds {feature}; image_column must hold images")
-    text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-    if not images and not text:
-        raise ValueError(f"column {name!r} holds {feature}; text_column must hold text")

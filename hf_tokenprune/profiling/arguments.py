@@ -1,9 +1,9 @@
 """Arguments of `run_profile.py`."""
 
-import json
 from dataclasses import dataclass, field
 
 from .. import packaged
+from ..command_line import parse_mapping
 from ..data import DataArguments
 
 
@@ -69,12 +69,11 @@ class ProfileArguments(DataArguments):
             raise ValueError(f"dtype ({self.dtype!r}) must be one of {', '.join(DTYPES)}")
         if self.split not in SPLITS:
             raise ValueError(f"split ({self.split!r}) must be one of {', '.join(SPLITS)}")
-        if not isinstance(self.overrides, dict):
-            raise ValueError(f"config_overrides ({self.config_overrides}) must be a JSON object")
+        _ = self.overrides  # or an error
 
     @property
     def overrides(self) -> dict:
-        return json.loads(self.config_overrides or "{}")
+        return parse_mapping("config_overrides", self.config_overrides or "{}")
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -97,11 +97,12 @@ def _others_asleep(accelerator: Accelerator) -> Iterator[None]:
 @contextmanager
 def _whole_folder(final: Path) -> Iterator[Path]:
     """A folder to write into, whose files go to `final` at the end, or nowhere; pictures of before go from there."""
+    final = final.resolve()
+    final.mkdir(parents=True, exist_ok=True)  # or an error, before anything is measured
     partial = final.with_name(f".{final.name}.{uuid4().hex}.partial")
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         yield partial
-        final.mkdir(parents=True, exist_ok=True)
         for name in PICTURES:
             if not (partial / name).exists():
                 (final / name).unlink(missing_ok=True)

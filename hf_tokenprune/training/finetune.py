@@ -1,13 +1,15 @@
 """The job of `run_finetune.py`: from its arguments to a trained, tested and saved classifier, and a report."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from filelock import FileLock, Timeout
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -24,9 +26,9 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
 from .. import packaged
-from ..command_line import model_source, written_pruning
+from ..command_line import model_source, parse_mapping, written_pruning
 from ..convert import prune
-from ..data import NAMED, DataArguments, read_images, tokenize
+from ..data import NAMED, DataArguments, processor_sizes, read_images, tokenize
 from ..files import write_atomically
 from ..metrics import Accuracy
 from ..profiling.machine import describe_machine
@@ -132,9 +134,8 @@ def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArgum
     kind = AutoModelForSequenceClassification
     if arguments.image_column is not None:
         kind, training.remove_unused_columns = AutoModelForImageClassification, False  # images are read by the column
-    model = load_classifier(
-        kind, source, splits["train"].features["label"].names, json.loads(arguments.config_overrides or "{}")
-    )
+    overrides = parse_mapping("config_overrides", arguments.config_overrides or "{}")
+    model = load_classifier(kind, source, splits["train"].features["label"].names, overrides)
     splits, processing, collate = prepare(arguments, source, splits)
     tokenizer = processing if arguments.image_column is None else None
     teacher = arguments.teacher_name_or_path
@@ -166,20 +167,17 @@ def load_processor(source: str | Path, pixels: int | None) -> BaseImageProcessor
     processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     if pixels is None:
         return processor
-    square = {"height": pixels, "width": pixels}
-    sizes = {"size": {"shortest_edge": pixels} if "shortest_edge" in (processor.size or {}) else square}
-    sizes |= {"crop_size": square} if getattr(processor, "do_center_crop", False) else {}
-    return AutoImageProcessor.from_pretrained(source, backend="pil", **sizes)
+    return AutoImageProcessor.from_pretrained(source, backend="pil", **processor_sizes(processor, pixels))
 
 
 def check_same_run(path: Path, asked: dict, last: str | None) -> None:
-    """Writes what is asked for, or raises a ValueError where the checkpoint that is there is of another run."""
-    if last is not None and path.exists():
+    """Writes what is asked for, or raises a ValueError where a checkpoint or report of another run is there."""
+    if path.exists() and (last is not None or (path.parent / "report.json").exists()):
         found = json.loads(path.read_text())
         for name in asked:
-            if found.get(name) != asked[name]:
+            if found.get(name, asked[name]) != asked[name]:
                 raise ValueError(
-                    f"output_dir ({path.parent}) holds a run with {name} {found.get(name)!r}, now {asked[name]!r} is "
+                    f"output_dir ({path.parent}) holds a run with {name} {found[name]!r}, now {asked[name]!r} is "
                     "asked for: go on with the same, or take another output_dir"
                 )
     write_atomically(path, json.dumps(asked, indent=1).encode())
@@ -196,17 +194,35 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
     """Trains, tests, saves; the report.
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: arguments that do not fit, before it trains.
+        ImportError, OSError, TypeError, ValueError: arguments that do not fit, or a folder that another process trains
+            into, before it trains.
     """
     check_testing(training)
     folder = Path(training.output_dir)
+    with alone_in(folder) if training.process_index == 0 else nullcontext():
+        return _finetune(arguments, training, folder)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises a ValueError where another process is in there; one that was killed is not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"output_dir ({folder}) must be nobody else's: another process is training into it") from error
+
+
+def _finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments, folder: Path) -> dict:
     last = last_whole_checkpoint(folder)
     check_same_run(folder / "run.json", asdict(arguments) | _decisive(training), last)
     try:
         trainer = make_trainer(arguments, training)
     except RuntimeError as error:  # what is not installed, or weights that do not fit; later ones keep their traceback
         raise ValueError(str(error)) from error
-    trained = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last)
+    last = training.resume_from_checkpoint or last
+    trained = trainer.train(resume_from_checkpoint=last)
     tested = trainer.predict(trainer.eval_dataset)
     trainer.save_model(str(folder / "model"))
     pruning = trainer.pruned.config.pruning
@@ -215,7 +231,7 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
         "training": training.to_sanitized_dict(),
         "pruning": None if pruning is None else pruning.to_dict(),
         "machine": describe_machine(training.device),
-        "train": trained.metrics,
+        "train": trained.metrics if last is None else _of_the_whole_training(folder, trained.metrics),
         "test": tested.metrics,
         "budgets": at_each_budget(trainer),
         "predicted": tested.predictions.argmax(-1).tolist(),
@@ -225,6 +241,15 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
     if trainer.is_world_process_zero():
         write_atomically(folder / "report.json", json.dumps(report, indent=1).encode())
     return report
+
+
+def _of_the_whole_training(folder: Path, metrics: dict[str, float]) -> dict[str, float | None]:
+    """The metrics of a training that was gone on with, of which Trainer knows the last part alone: those of an earlier
+    report, or None for what only the whole could tell."""
+    report = folder / "report.json"
+    if report.exists():
+        return json.loads(report.read_text())["train"]
+    return {name: None if name.startswith("train_") else value for name, value in metrics.items()}
 
 
 def at_each_budget(trainer: TokenPruneTrainer) -> list[dict[str, float]]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints import activation_of
 from ..convert import prune
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.selection import relative_scores
@@ -54,7 +56,7 @@ def explain(
         attention_mask=batch.get("attention_mask"),
         scores=_scores(call, pruning),
         pictures=None if pixels is None else _pictures(pixels, processing, *shape),
-        **_predictions(pruned, whole, model.config.id2label),
+        **_predictions(pruned, whole, model.config),
     )
 
 
@@ -75,24 +77,38 @@ def _pictures(pixels: torch.Tensor, processor: BaseImageProcessor, prefix: int, 
     mean, std = (torch.tensor(each)[:, None, None] for each in (processor.image_mean, processor.image_std))
     pictures = []
     for image in (pixels.cpu().float() * std + mean).clamp(0, 1):
+        rows, columns = (side // patch for side in image.shape[-2:])
+        image = image[:, : rows * patch, : columns * patch]  # what is left over at the edges goes into no patch
         content = io.BytesIO()
         Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(content, format="PNG")
-        pictures.append(Picture(content.getvalue(), columns=image.shape[-1] // patch, first=prefix))
+        pictures.append(Picture(content.getvalue(), columns=columns, first=prefix))
     return pictures
 
 
 def _predictions(
-    pruned: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor], names: Mapping[int, str]
+    pruned: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor], config: PreTrainedConfig
 ) -> dict[str, list]:
-    """Classes of samples with and without pruning, where the head has such."""
+    """What samples are taken for with and without pruning, where the head says so of each."""
     if "logits" not in pruned or pruned["logits"].dim() != 2:
         return {}
-    confidence, best = pruned["logits"].float().softmax(dim=-1).max(dim=-1)
+    own, unpruned = pruned["logits"].float(), whole["logits"].float()
+    if activation_of(config) != "softmax":
+        say = _number if config.num_labels == 1 else partial(_labels, names=config.id2label)
+        return {"predictions": [*map(say, own)], "predictions_unpruned": [*map(say, unpruned)]}
+    confidence, best = own.softmax(dim=-1).max(dim=-1)
     return {
-        "predictions": [names[each] for each in best.tolist()],
-        "predictions_unpruned": [names[each] for each in whole["logits"].argmax(dim=-1).tolist()],
+        "predictions": [config.id2label[each] for each in best.tolist()],
+        "predictions_unpruned": [config.id2label[each] for each in unpruned.argmax(dim=-1).tolist()],
         "confidences": confidence.tolist(),
     }
+
+
+def _number(logits: torch.Tensor) -> str:
+    return f"{logits.item():.3g}"
+
+
+def _labels(logits: torch.Tensor, names: Mapping[int, str]) -> str:
+    return ", ".join(names[each] for each in (logits > 0).nonzero()[:, 0].tolist()) or "none"
 
 
 def _scores(call: EncoderCall, pruning: PruningConfig) -> torch.Tensor:

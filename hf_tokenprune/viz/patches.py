@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..files import write_atomically
 from .kept_words import DocumentView
-from .plots import empty_panels
+from .plots import as_png, empty_panels
 
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def draw_patches(view: DocumentView, path: str | os.PathLike[str], *, title: str
         axes.set_title(f"{name}: {alive} tokens", loc="left", fontsize=9)
         axes.set_axis_off()
         _draw_groups(axes, patches, columns)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return write_atomically(path, content.getvalue())
+    return write_atomically(path, as_png(figure))
 
 
 def _draw_groups(axes: Axes, patches: list[int], columns: int) -> None:

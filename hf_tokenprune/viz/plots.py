@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-INK, _SOFT, ACCENT = "#1f2328", "#8c959f", "#0b6e8f"
+INK, SOFT, ACCENT = "#1f2328", "#8c959f", "#0b6e8f"
 _MARKER_POINTS = 7.0
 _LABEL_DISTANCES = (9, 22, 36, 52, 70, 90)  # points
 _LABEL_DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (0.8, 0.7), (-0.8, 0.7), (0.8, -0.7), (-0.8, -0.7))
@@ -95,10 +95,10 @@ def comparison_points(quality: Sequence[Mapping[str, Any]]) -> list[OperatingPoi
     return points
 
 
-def as_png(figure: Figure, drawn: Mapping[str, Any]) -> bytes:
+def as_png(figure: Figure, drawn: Mapping[str, Any] | None = None) -> bytes:
     """The figure, with the numbers that it was drawn from as the PNG's "Description", so that they can be checked."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Description": json.dumps(drawn)})
+    figure.savefig(content, format="png", metadata=None if drawn is None else {"Description": json.dumps(drawn)})
     return content.getvalue()
 
 
@@ -133,7 +133,7 @@ def empty_figure(title: str) -> tuple[Figure, Axes]:
     axes.grid(color="#d1d9e0", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_SOFT)
+    axes.spines[["left", "bottom"]].set_color(SOFT)
     axes.tick_params(colors=INK, length=0)
     return figure, axes
 
@@ -174,11 +174,11 @@ def _draw_point(axes: Axes, point: OperatingPoint) -> None:
         yerr=error,
         fmt="o",
         markersize=_MARKER_POINTS,
-        color=ACCENT,
-        ecolor=_SOFT,
+        color=f"{ACCENT}80",  # half seen through: points of nearly equal models lie upon each other
+        ecolor=SOFT,
         elinewidth=1.2,
         capsize=3,
-        markeredgecolor="white",
+        markeredgecolor=ACCENT,
     )
 
 
@@ -286,5 +286,5 @@ def _label(axes: Axes, point: OperatingPoint, offset: tuple[float, float]) -> An
         color=INK,
         path_effects=[withStroke(linewidth=2.5, foreground="white")],
         parse_math=False,  # a name is text: "$" in it is no formula
-        arrowprops={"arrowstyle": "-", "color": _SOFT, "linewidth": 0.7, "shrinkB": 4} if far else None,
+        arrowprops={"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "shrinkB": 4} if far else None,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..files import write_atomically
 from ..profiling.report import ALLOCATED, LAYER_TIME, LAYER_TOKENS
-from .plots import OperatingPoint, accuracy_over_macs, empty_figure
+from .plots import ACCENT, SOFT, OperatingPoint, accuracy_over_macs, as_png, empty_figure
 
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..profiling.report import Report
 
-COLOURS = {"baseline": "#8c959f", "padded": "#8c959f", "stock": "#8c959f", "unpadded": "#57606a", "pruned": "#0b6e8f"}
+COLOURS = {"baseline": SOFT, "padded": SOFT, "stock": SOFT, "unpadded": "#57606a", "pruned": ACCENT}
 
 
 def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
@@ -66,9 +65,7 @@ def _picture(path: Path, title: str, x: str, y: str, draw: Callable[[Axes], None
     axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return write_atomically(path, content.getvalue())
+    return write_atomically(path, as_png(figure))
 
 
 def _bars(rows: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_atomically
-from .plots import empty_figure
+from .plots import ACCENT, SOFT, as_png, empty_figure
 
 
 if TYPE_CHECKING:
@@ -25,11 +24,9 @@ def pareto_front(search: Search, path: str | os.PathLike[str], *, title: str, sc
         ImportError: matplotlib is missing.
     """
     figure, axes = empty_figure(title)
-    axes.scatter(
-        [p.macs for p in search.points], [p.score for p in search.points], s=18, color="#8c959f", label="schedules"
-    )
+    axes.scatter([p.macs for p in search.points], [p.score for p in search.points], s=18, color=SOFT, label="schedules")
     front = search.front
-    axes.step([p.macs for p in front], [p.score for p in front], where="post", color="#0b6e8f", label="front")
+    axes.step([p.macs for p in front], [p.score for p in front], where="post", color=ACCENT, label="front")
     chosen = search.chosen
     stages = search.pruning.stages if search.pruning else ()
     layers = [layer for stage in stages for layer in stage.layers]
@@ -39,6 +36,4 @@ def pareto_front(search: Search, path: str | os.PathLike[str], *, title: str, sc
     axes.set_ylabel(score)
     axes.set_xlim(0, 1.02)
     axes.legend(frameon=False, loc="lower right")
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return write_atomically(path, content.getvalue())
+    return write_atomically(path, as_png(figure))
