@@ -31,6 +31,7 @@ from hf_tokenprune import (
     TokenPruneTrainingArguments,
     prune,
 )
+from hf_tokenprune.checkpoints import weights_digest
 from hf_tokenprune.hub.cards import unmeasured_card
 from hf_tokenprune.hub.push import PushError, push, stage
 
@@ -362,11 +363,26 @@ def test_the_command_line(hub, tmp_path):
     measured = json.loads(evidence.read_text())
     other = repository(tmp_path / "other")
     model = bert()
-    model.set_pruning(measured["prunings"][0])
+    model.set_pruning(measured["prunings"][1])
+    empty = str(repository(tmp_path / "empty", model))
+    model.base_model.set_token_prior([1.0] * model.config.vocab_size)
+    made = str(repository(tmp_path / "made", model))
+    headless = str(repository(tmp_path / "headless", model.base_model))
+    torch.nn.init.normal_(model.classifier.weight)
+    weighed = str(repository(tmp_path / "weighed", model))
+    measured["weights"] = ["0" * 64, weights_digest(made), "0" * 64]
+    evidence = tmp_path / "comparison.json"
+    evidence.write_text(json.dumps(measured))
     given = ["--repo_id", "founder/measured", "--recipe", str(recipe), "--evidence", str(evidence)]
-    refused = run_push(hub, *given, "--model_name_or_path", str(other))
-    assert "must be of this model's pruning" in refused and "Traceback" not in refused and not hub.repositories
-    printed = run_push(hub, *given, "--model_name_or_path", str(repository(tmp_path / "made", model)))
+    for wrong, words in (
+        (str(other), "must be of this model's pruning"),
+        (empty, "table of saliency ('token_prior') must be filled"),
+        (headless, "(feature-extraction) must be for text-classification"),
+        (weighed, "must be of this model's weights"),
+    ):
+        refused = run_push(hub, *given, "--model_name_or_path", wrong)
+        assert words in refused and "Traceback" not in refused and not hub.repositories
+    printed = run_push(hub, *given, "--model_name_or_path", made)
     assert "published http" in printed, printed
     files = hub.files("founder/measured")
     assert json.loads(files["evidence.json"]) == measured
@@ -376,6 +392,22 @@ def test_the_command_line(hub, tmp_path):
     assert result["value"] == pytest.approx(pruned["accuracy"] / 100, abs=1e-4)
     card = ModelCard(files["README.md"].decode())
     assert card.data.eval_results[0].metric_value == result["value"] and "(accuracy_over_macs.png)" in card.text
+    values = measured["prunings"][1]["stages"]
+    assert "The values are those of seed 1" in card.text
+    assert all(f"| {value:.4g} |" in card.text for stage in values for value in stage["values"])
+
+
+def test_what_was_staged_may_be_staged_again(hub, tmp_path):
+    made, look = str(repository(tmp_path / "made")), str(tmp_path / "look")
+    given = ["--model_name_or_path", made, "--stage_dir", look, "--repo_id", "founder/look"]
+    hub.repositories["founder/look"] = hub_server.Repository()
+    hub.model("founder/look").commit("main", {"theirs.txt": b"1"}, "theirs")
+    assert "must be new or empty" in run_push(hub, *given)  # staged, and not published
+    assert "published http" in run_push(hub, *given, "--overwrite")
+    Path(look, "README.md").write_text("mine")
+    refused = run_push(hub, *given, "--overwrite")
+    assert f"stage_dir ({look}) must be empty, or hold what is staged now" in refused
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".look")]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import yaml
 from transformers import BertForSequenceClassification
 
 from hf_tokenprune import prune
+from hf_tokenprune.checkpoints import weights_digest
 from hf_tokenprune.training.comparison import quality_table
 
 
@@ -132,8 +133,12 @@ def place(tmp_path_factory) -> Path:
         tiny.tokenizer().save_pretrained(folder / name)
     evidence = json.loads((ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json").read_text())
     trained = folder / "outputs" / "religion" / "seed-0" / "pruned" / "model"
-    prune(model, evidence["prunings"][0]).save_pretrained(trained)
+    own = prune(model, evidence["prunings"][0])
+    own.base_model.set_token_prior([1.0] * model.config.vocab_size)
+    own.save_pretrained(trained)
     tiny.tokenizer().save_pretrained(trained)
+    evidence["weights"] = [weights_digest(trained)] * len(evidence["seeds"])
+    (folder / "outputs" / "religion" / "comparison.json").write_text(json.dumps(evidence))
     rows = [{"id": i, "text": "w20 w9 " * (3 + i % 9), "label": "abc"[i % 3]} for i in range(24)]
     for path in ("your/data/train.jsonl", "your/data/test.jsonl", "texts/a.jsonl"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
