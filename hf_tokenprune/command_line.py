@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import packaged
 
@@ -114,3 +114,10 @@ def written_pruning(text: str, tokenizer: PreTrainedTokenizerBase | None) -> dic
     if tokenizer is not None and tokenizer.sep_token_id is not None:
         wish.setdefault("protected_token_ids", [tokenizer.sep_token_id])
     return wish
+
+
+def asked_pruning(text: str | None, model: PreTrainedModel, processing: Any) -> Any:
+    """What is asked for, as `written_pruning` reads it; if nothing is, what the model has."""
+    if text is None:
+        return getattr(model.config, "pruning", None)
+    return written_pruning(text, processing if isinstance(processing, PreTrainedTokenizerBase) else None)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 
 from hf_tokenprune import packaged
 from hf_tokenprune.checkpoints import load_model, load_processing, takes_images
-from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
+from hf_tokenprune.command_line import asked_pruning, model_source, parse_arguments
 from hf_tokenprune.convert import prune
 from hf_tokenprune.data import DataArguments, check_max_length, read_images, tokenize
 from hf_tokenprune.modeling.pruning_config import PruningConfig
@@ -52,10 +52,7 @@ def load(arguments: ExplainArguments) -> tuple[PreTrainedModel, object]:
     source = model_source(arguments.model_name_or_path)
     model = load_model(source)
     processing = load_processing(source, model.config)
-    tokenizer = processing if isinstance(processing, PreTrainedTokenizerBase) else None
-    own = getattr(model.config, "pruning", None)
-    wish = own if arguments.pruning is None else written_pruning(arguments.pruning, tokenizer)
-    return prune(model, wish).eval(), processing
+    return prune(model, asked_pruning(arguments.pruning, model, processing)).eval(), processing
 
 
 def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object) -> tuple[dict, list[str] | None]:

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_tokenprune import packaged
 from hf_tokenprune.checkpoints import load_model, load_processing, task_of, weights_digest
-from hf_tokenprune.command_line import model_source, parse_arguments, written_pruning
+from hf_tokenprune.command_line import asked_pruning, model_source, parse_arguments
 from hf_tokenprune.convert import prune
 from hf_tokenprune.hub.cards import (
     SOMEWHERE,
@@ -75,7 +75,7 @@ def make(arguments: PushArguments, scratch: Path) -> Path:
     source = model_source(arguments.model_name_or_path)
     model = load_model(source)
     processing = load_processing(source, model.config)
-    model = prune(model, _pruning(arguments, model, processing))
+    model = prune(model, asked_pruning(arguments.pruning, model, processing))
     if model.base_model.looks_ids_up and any(table.empty for table in model.base_model.prior_tables()):
         raise ValueError("the table of saliency ('token_prior') must be filled: fit_token_prior or fine-tuning does so")
     address = arguments.repo_id or SOMEWHERE
@@ -136,13 +136,6 @@ def keep(made: Path, folder: Path) -> Path:
 def _same(one: Path, other: Path) -> bool:
     files, theirs = ({path.relative_to(top) for path in top.rglob("*") if path.is_file()} for top in (one, other))
     return files == theirs and all(filecmp.cmp(one / path, other / path, shallow=False) for path in files)
-
-
-def _pruning(arguments: PushArguments, model: PreTrainedModel, processing: Any) -> Any:
-    """What is asked for, or what the model has."""
-    if arguments.pruning is None:
-        return getattr(model.config, "pruning", None)
-    return written_pruning(arguments.pruning, processing if isinstance(processing, PreTrainedTokenizerBase) else None)
 
 
 def main() -> None:
