@@ -240,7 +240,7 @@ def test_changed_data_is_refused(room, tmp_path):
             marks=pytest.mark.real,
         ),
         ({"pruning": '{"preset": "top_k", "keep_rate": 1.3}'}, "keep_rate (1.3) must be in (0, 1]"),
-        ({"pruning": '{"preset'}, "JSONDecodeError"),
+        ({"pruning": '{"preset'}, "must be JSON"),
         ({"max_length": 65}, "max_length (65) must be at most max_position_embeddings (64)"),
         ({"output_dir": __file__}, Path(__file__).name),
     ],

@@ -198,10 +198,13 @@ REFUSED = {
         lambda: prune(build(TEXT), None).base_model.set_token_prior(torch.ones(BERT.vocab_size)),
         "must have a site with saliency 'token_prior'",
     ),
-    "shape": (lambda: prune(build(TEXT), PRIOR).base_model.set_token_prior(torch.ones(3)), "worth ([3]) must hold"),
+    "shape": (
+        lambda: prune(build(TEXT), PRIOR).base_model.set_token_prior(torch.ones(3)),
+        "worth's shape ([3]) must be [50]",
+    ),
     "sign": (
         lambda: prune(build(TEXT), PRIOR).base_model.set_token_prior(torch.zeros(BERT.vocab_size)),
-        "a positive number for each",
+        "worth (0.0) must be positive",
     ),
     "samples": (lambda: TokenPruneTrainingArguments("out", prior_samples=-1), "prior_samples (-1) must be >= 0"),
 }
