@@ -213,10 +213,8 @@ def front_table() -> list[tuple[list[str], dict[str, dict], dict]]:
             runs |= {
                 name: runs[run] for name in ("pruned", "truncated") if (run := own[1].replace("pruned", name)) in runs
             }
-        apart = re.search(r"\(model_cards/evidence/([\w-]+)\.json\)", cells[2])
-        assert bool(own) == bool(apart)  # another run than the one that the comparison timed
-        timed = evidence(apart[1])["rows"] if apart else comparison["speed"]["rows"]
-        rows.append((cells, runs, next(row for row in timed if row["model"] == "pruned")))
+        named = own[1] if own else "pruned"
+        rows.append((cells, runs, next(row for row in comparison["speed"]["rows"] if row["model"] == named)))
     return rows
 
 
