@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
@@ -251,7 +252,16 @@ def processor_sizes(processor: BaseImageProcessor, pixels: int) -> dict[str, dic
     return {"size": size} | ({"crop_size": square} if getattr(processor, "do_center_crop", False) else {})
 
 
+def in_colour(image: Any) -> Any:
+    """A PIL image in RGB. Of 16 bits a pixel the higher eight count, where PIL would take all above 255 for white."""
+    if image.mode.startswith("I;16"):
+        from PIL import Image
+
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def _pixels(rows: dict[str, list], processor: BaseImageProcessor, sizes: dict[str, Any]) -> dict[str, list]:
-    images = [image.convert("RGB") for image in rows["image"]]
+    images = [in_colour(image) for image in rows["image"]]
     pixels = processor(images, return_tensors="pt", **sizes)["pixel_values"]
     return {"pixel_values": list(pixels)} | ({"labels": rows["label"]} if "label" in rows else {})

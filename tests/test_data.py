@@ -7,12 +7,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from PIL import Image
 
 from hf_tokenprune.command_line import parse_arguments, written_pruning
-from hf_tokenprune.data import load_classification, tokenize
+from hf_tokenprune.data import in_colour, load_classification, tokenize
 
 
 ROWS = [{"text": f"w{4 + i} w9 w20 w21", "label": i % 2} for i in range(10)]
@@ -78,6 +80,15 @@ def test_texts_are_cut_or_the_length_is_refused(tmp_path):
     for length in (2, 0, -5):
         with pytest.raises(ValueError, match=re.escape(f"max_length ({length}) must be > 2")):
             tokenize(splits, tokenizer, length)
+
+
+def test_sixteen_bits_a_pixel_are_not_white(tmp_path):
+    grey = np.linspace(0, 2**16 - 1, 24 * 24).reshape(24, 24)
+    for name, values in (("deep", grey.astype(np.uint16)), ("flat", (grey // 256).astype(np.uint8))):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    deep, flat = (Image.open(tmp_path / f"{name}.png") for name in ("deep", "flat"))
+    assert deep.mode.startswith("I;16") and np.array_equal(in_colour(deep), in_colour(flat))
+    assert np.asarray(in_colour(deep)).shape == (24, 24, 3) and np.asarray(in_colour(deep)).min() == 0
 
 
 @dataclass

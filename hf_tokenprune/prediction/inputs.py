@@ -7,6 +7,7 @@ import datasets
 import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from ..data import in_colour
 from .arguments import PredictionError, one_line
 
 
@@ -76,7 +77,7 @@ class EncodedImages:
     def _decoded(self, row: int) -> Any:
         """The image, in colour. Raises a PredictionError that names the row."""
         try:
-            return self.feature.decode_example(self.values[row]).convert("RGB")
+            return in_colour(self.feature.decode_example(self.values[row]))
         except Exception as error:  # a decoder for each kind of file, each with errors of its own
             raise PredictionError(
                 f"row {self.start + row}: the image cannot be read: {type(error).__name__}: {one_line(error)}"
