@@ -54,6 +54,7 @@ FILES = {  # that commands take
         "output_dir": "finetuned",
         "max_steps": 2,
         "report_to": "none",
+        "use_cpu": True,  # or each of the two processes would train by itself
     },
     "profile.yaml": {
         "model_name_or_path": "your/classifier",
