@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -216,3 +218,19 @@ def test_figures_that_arguments_were_chosen_by_make_no_card():
     given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}
     with pytest.raises(ValueError, match=r"held_out_samples \(500\) must be null"):
         measured_card(about, evidence | {"held_out_samples": 500}, **given)
+
+
+def test_a_card_elsewhere_finds_its_pictures(tmp_path, monkeypatch):
+    recipe = RECIPES[0]
+    (tmp_path / "measured").mkdir()
+    evidence = tmp_path / "measured" / "comparison.json"
+    evidence.write_bytes((ROOT / "model_cards" / "evidence" / f"{recipe.name}.json").read_bytes())
+    script, output = str(ROOT / "scripts" / "run_card.py"), tmp_path / "cards" / "mine.md"
+    given = ["--recipe", str(recipe), "--evidence", str(evidence), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    runpy.run_path(script, run_name="__main__")
+    pictures = re.findall(r"!\[.*?\]\((.+?)\)", output.read_text())
+    assert len(pictures) == 2 and all((output.parent / picture).is_file() for picture in pictures)
+    evidence.write_text('{"seeds": [0]}')
+    with pytest.raises(SystemExit, match="wrote, and has no quality, prunings, machine"):
+        runpy.run_path(script, run_name="__main__")

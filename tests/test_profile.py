@@ -338,6 +338,14 @@ def test_mistakes_are_one_sentence(model, tmp_path, mistake):
     assert words in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("hf_tokenprune.profiling.run.Session", None)  # nobody comes so far
+    with pytest.raises(FileExistsError):
+        profile(model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_shapes_without_weights_and_checkpoints_that_are_pruned(model, tmp_path):
     pruned = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), PRUNING)
     pruned.save_pretrained(tmp_path / "pruned")
