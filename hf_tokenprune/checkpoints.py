@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from .modeling.model_repository import PIPELINE_TAGS
+from .modeling.model_repository import PIPELINE_TAGS, pipeline_tag
 
 
 class Task(NamedTuple):
@@ -47,6 +47,11 @@ NO_HEAD = Task(AutoModel)
 def task_of(architecture: str | None) -> Task:
     """The task of a model class, by its name."""
     return next((task for head, task in HEADS.items() if (architecture or "").endswith(head)), NO_HEAD)
+
+
+def pipeline_tag_of(model: PreTrainedModel) -> str:
+    """The Hub's name for what one of our models does."""
+    return pipeline_tag(task_of(type(model).__name__).auto.__name__, model.config)
 
 
 def saved_task(config: PreTrainedConfig) -> Task:

@@ -64,17 +64,16 @@ class Comparison:
     def __init__(self, arguments: ComparisonArguments):
         self.arguments = arguments
         self.recipe = Recipe.read(arguments.recipe)
-        others = [name for name in self.recipe.others if name != "pruned"]
-        for name in arguments.timed_runs:
-            if name not in others or arguments.timed_runs.count(name) > 1:
-                raise ValueError(f"timed_runs ({name!r}) must be, once, one of {', '.join(others)}")
+        self._check_names()
         self.folder = Path(arguments.output_dir)
         self.threads = max(1, torch.get_num_threads() // arguments.processes)
 
-        self._check_names()
-
     def _check_names(self) -> None:
-        """Raises a ValueError for an argument that `run_finetune.py` does not have, before any run begins."""
+        """Raises a ValueError, before any run begins, for a run or an argument of one that there is not."""
+        others = [name for name in self.recipe.others if name != "pruned"]
+        for name in self.arguments.timed_runs:
+            if name not in others or self.arguments.timed_runs.count(name) > 1:
+                raise ValueError(f"timed_runs ({name!r}) must be, once, one of {', '.join(others)}")
         known = {each.name for cls in (FinetuneArguments, TokenPruneTrainingArguments) for each in fields(cls)}
         for name, given in {"baseline": self.recipe.baseline, **self.recipe.others}.items():
             for argument in given:

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_tokenprune import packaged
-from hf_tokenprune.checkpoints import load_model, load_processing, task_of, weights_digest
+from hf_tokenprune.checkpoints import load_model, load_processing, pipeline_tag_of, weights_digest
 from hf_tokenprune.command_line import asked_pruning, model_source, parse_arguments
 from hf_tokenprune.convert import prune
 from hf_tokenprune.hub.cards import (
@@ -34,7 +34,6 @@ from hf_tokenprune.hub.cards import (
     unmeasured_card,
 )
 from hf_tokenprune.hub.push import push, require_token, stage
-from hf_tokenprune.modeling.model_repository import pipeline_tag
 from hf_tokenprune.viz import comparison_picture
 
 
@@ -85,7 +84,7 @@ def make(arguments: PushArguments, scratch: Path) -> Path:
         card = unmeasured_card(model, title=title, **known, template=arguments.template, address=address)
         return stage(folder, model, processing, card)
     about, evidence = read_about(arguments.recipe), read_evidence(arguments.evidence)
-    task = pipeline_tag(task_of(type(model).__name__).auto.__name__, model.config)
+    task = pipeline_tag_of(model)
     if task != about["pipeline_tag"]:
         raise ValueError(
             f"{type(model).__name__} ({task}) must be for {about['pipeline_tag']}, as {arguments.recipe} is"

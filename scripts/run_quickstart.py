@@ -261,8 +261,7 @@ class Quickstart:
         for rows in split.select_columns([c for c in columns if c in split.column_names]).iter(
             size or self.arguments.eval_batch_size
         ):
-            size = len(rows["label"])
-            batch = self.collator([{name: rows[name][i] for name in rows} for i in range(size)])
+            batch = self.collator([{name: rows[name][i] for name in rows} for i in range(len(rows["label"]))])
             yield {name: value.to(self.device) for name, value in batch.items()}
 
     @torch.inference_mode()

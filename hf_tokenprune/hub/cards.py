@@ -9,9 +9,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
-from ..checkpoints import HEADS, NO_HEAD, task_of
+from ..checkpoints import HEADS, NO_HEAD, pipeline_tag_of
 from ..command_line import read_mapping
-from ..modeling.model_repository import pipeline_tag
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
 from ..training.comparison import quality_table, time_table
@@ -139,7 +138,7 @@ def unmeasured_card(
     Args:
         address: as in `measured_card`.
     """
-    tag = pipeline_tag(task_of(type(model).__name__).auto.__name__, model.config)
+    tag = pipeline_tag_of(model)
     return ModelCard.from_template(
         _metadata(title, base_model=base_model, license=license, pipeline_tag=tag),
         template_path=str(template),

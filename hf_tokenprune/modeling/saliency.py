@@ -211,7 +211,7 @@ class TokenPrior(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._seen_filled = False
+        self._seen_filled = False  # what was loaded may be empty
 
     @property
     def empty(self) -> bool:
