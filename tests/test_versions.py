@@ -35,11 +35,12 @@ USED = {
     "torch": {
         *("BoolTensor", "Tensor", "autocast", "autograd._profiler_enabled", "compiler.is_compiling"),
         *("compiler.is_exporting", "device", "finfo", "func.functional_call", "inf", "is_autocast_enabled"),
-        *("is_grad_enabled", "jit.is_tracing", "linalg.vector_norm", "nan", "nn", "no_grad", "set_grad_enabled"),
-        *("sym_max", "sym_min"),
+        *("is_grad_enabled", "jit.is_tracing", "linalg.vector_norm", "nan", "nn", "no_grad"),
+        *("ops.aten._flash_attention_forward", "set_grad_enabled", "sym_max", "sym_min", "version.cuda"),
     },
     "torch.nn.attention.varlen": {"varlen_attn"},
     "torch.profiler": {"record_function"},
+    "torch.utils._python_dispatch": {"is_in_torch_dispatch_mode"},
     "transformers": {"__version__", "initialization"},
     "transformers.conversion_mapping": {
         "get_checkpoint_conversion_mapping",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import initialization as init
 
 from .selection import GRID, Scores, best_rows
@@ -41,7 +42,7 @@ def first_token_scores(
     """
     alive = None if keys.full else keys.alive
     with without_autocast(key):
-        logits = _first_token_logits(_wide(query) * scaling, key, keys, heads)  # [B, K, H]
+        logits = _first_token_logits(query, key, keys, scaling, heads)  # [B, K, H]
         if bias is not None:
             logits = logits + keys.spread(bias)[..., None]
         if alive is not None:
@@ -52,18 +53,42 @@ def first_token_scores(
         return _shares((weights * keys.spread(_head_norms(value, heads))).sum(dim=2), alive)
 
 
-def _first_token_logits(query: torch.Tensor, key: torch.Tensor, keys: Layout, heads: int) -> torch.Tensor:
-    """The scaled query [B, A] of each sample times its keys, head by head: [B, K, H], dead rows anything finite."""
+def _first_token_logits(
+    query: torch.Tensor, key: torch.Tensor, keys: Layout, scaling: float, heads: int
+) -> torch.Tensor:
+    """Each sample's query [B, A] times its keys, head by head, scaled: [B, K, H], dead rows anything finite."""
+    if not on_cpu(key) and not shapes_only():
+        return _product_of_matrices(query, keys.spread(key), heads) * scaling
+    query = _wide(query) * scaling
 
     def product(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast; half
-        # keys are widened on the way, by the wide query.
+        # One row for each head: multiplied and summed as the keys lie, which no product of matrices does as fast on a
+        # CPU, nor in a compiled kernel; half keys are widened on the way, by the wide query.
         return (key * query).unflatten(-1, (heads, -1)).sum(dim=-1)
 
-    if keys.full or not on_cpu(key) or not isinstance(keys, PackedRows):
+    if keys.full or not isinstance(keys, PackedRows) or shapes_only():
         return product(query[:, None], keys.spread(key))
     samples = zip(query[:, None, None], key.split(keys.lengths, dim=1))
     return keys.spread(torch.cat([product(*sample) for sample in samples], dim=1))
+
+
+def _product_of_matrices(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
+    """query [B, A] times key [B, K, A], head by head, in float32 or wider: [B, K, H].
+
+    Every head's query is a column of its own, zero outside its head: H times the multiplications, but an accelerator
+    reads the keys once and writes little.
+    """
+    columns = torch.diag_embed(query.unflatten(-1, (heads, -1)).mT, dim1=1, dim2=3).flatten(1, 2)  # [B, A, H]
+    if query.dtype is key.dtype and _multiplies_into_float32(key):
+        return torch.bmm(key, columns, out_dtype=torch.float32)
+    return _wide(key) @ _wide(columns)
+
+
+def _multiplies_into_float32(x: torch.Tensor) -> bool:
+    """Whether torch brings a product of matrices in half precision whose sums stay wide: on CUDA, without a gradient,
+    and not under a dispatch mode: torch's FLOP counter has no formula for it."""
+    half = x.is_cuda and torch.version.cuda is not None and x.dtype in (torch.float16, torch.bfloat16)
+    return half and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode()
 
 
 def received_scores(

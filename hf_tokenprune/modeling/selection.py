@@ -10,6 +10,7 @@ Shapes: B samples, K rows.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -139,17 +140,25 @@ def _budget(initial: Any, held: Any, alive: Any, prefix: int, site: Site, min_to
     return _least(_most(_most(kept, held), min_tokens), alive)
 
 
-_known_budget = lru_cache(maxsize=4096)(_budget)
+@lru_cache(maxsize=256)
+def _known_budget(prefix: int, site: Site, min_tokens: int) -> Callable[..., int]:
+    """`_budget` at one site, of host numbers alone: lengths come back, and a site takes longer to hash than they."""
+
+    @lru_cache(maxsize=4096)
+    def budget(initial: int, held: int | None, alive: int) -> int:
+        return _budget(initial, held, alive, prefix, site, min_tokens)
+
+    return budget
 
 
 def _budgets(state: TokenState, site: Site, min_tokens: int) -> Kept:
     layout, (length, prefix, initial, held, uniform, _) = state.layout, state.input
     rule = prefix, site, min_tokens
     if uniform and layout.full:
-        return Kept(_known_budget(initial[0], held and held[0], layout.rows, *rule))
+        return Kept(_known_budget(*rule)(initial[0], held and held[0], layout.rows))
     if layout.lengths is not None:
-        samples = zip(initial, held or (None,) * len(initial), layout.lengths)
-        return _of_host(tuple(_known_budget(*sample, *rule) for sample in samples), layout.full)
+        each = map(_known_budget(*rule), initial, held or repeat(None), layout.lengths)
+        return _of_host(tuple(each), layout.full)
     if site.removed is not None:
         rows = layout.rows if held is not None else _enough_rows(length, prefix, site, min_tokens)
         return Kept(rows, _budget(initial, held, state.counts, *rule))

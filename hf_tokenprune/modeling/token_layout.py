@@ -38,8 +38,10 @@ def on_cpu(x: torch.Tensor) -> bool:
 
 
 def on_device(numbers: Any, device: torch.device) -> torch.Tensor:
-    """Host numbers as a tensor, without waiting for the device."""
-    return torch.as_tensor(numbers).to(device, non_blocking=True)
+    """Host numbers as a tensor, without waiting for the device: CUDA waits for all that was begun before it copies from
+    memory that is not pinned."""
+    numbers = torch.as_tensor(numbers)
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 class Selection(NamedTuple):
@@ -144,9 +146,7 @@ class PackedRows:
     @cached_property
     def cells(self) -> torch.Tensor:
         """Where each token lies in the flattened rows [B * K]."""  # long [T]
-        before = torch.arange(0, self.samples * self.rows, self.rows, device=self.device) - self.starts  # dead rows
-        before = before.repeat_interleave(self.counts, output_size=self.tokens)  # the size: no wait for the device
-        return torch.arange(self.tokens, device=self.device) + before
+        return torch.nonzero_static(self.alive.flatten(), size=self.tokens)[:, 0]  # the size: no wait for the device
 
     @cached_property
     def row_index(self) -> torch.Tensor:
