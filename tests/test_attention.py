@@ -1,17 +1,18 @@
 """Attention of packed rows on the ways that an accelerator takes, against the runs that the CPU takes."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from methods import METHODS, pruned
 from test_objectives import PRUNINGS as OBJECTIVES
 from test_objectives import TEXT, soft_model
-from tiny import BERT, build, text_inputs
+from tiny import BERT, EXECUTIONS, build, text_inputs
 from torch.nn.attention import varlen
 from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
 
-from hf_tokenprune.modeling import saliency, token_attention, token_layer
+from hf_tokenprune.modeling import saliency, selection, token_attention, token_layer
 from hf_tokenprune.modeling.token_attention import AttentionKernel, attend, attend_by_padding
 from hf_tokenprune.modeling.token_layout import PackedRows
 
@@ -69,15 +70,18 @@ def like_an_accelerator(monkeypatch):
     """Lets the CPU go those ways from the call on."""
 
     def switch() -> None:
-        for module in (saliency, token_attention, token_layer):
+        for module in (saliency, selection, token_attention, token_layer):
             monkeypatch.setattr(module, "on_cpu", lambda x: False)
 
     return switch
 
 
+@pytest.mark.parametrize("lengths", [[17, 5, 30, 1], [20, 20], [9]], ids=["ragged", "equal", "alone"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("method", METHODS)
-def test_ragged_batches(method, like_an_accelerator):
-    model, inputs = pruned(build(TEXT), METHODS[method]), text_inputs([17, 5, 30, 1], padding=2)
+def test_an_accelerators_ways(method, execution, lengths, like_an_accelerator):
+    model = pruned(build(TEXT), replace(METHODS[method], execution=execution))
+    inputs = text_inputs(lengths, padding=2)
     runs = []
     for _ in range(2):
         with torch.no_grad():

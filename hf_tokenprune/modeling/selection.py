@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .pruning_stage import FUSIONS, Site, keep_count
-from .token_layout import Ints, PackedRows, Selection, on_device, shapes_only
+from .token_layout import Ints, PackedRows, Selection, on_cpu, on_device, shapes_only
 from .token_state import TokenState
 
 
@@ -54,13 +54,11 @@ class Kept(NamedTuple):
     """How many of each sample's best rows stay.
 
     rows: enough for every sample; an int or a symbolic size.
-    each: one number per sample, on the host in eager mode; None: `rows`, all.
-    counts: the same on the device, where they are there.
+    each: one number per sample: on the host, or where the scores are, long [B]; None: `rows`, all.
     """
 
     rows: Any
     each: Ints | torch.Tensor | None = None
-    counts: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -192,10 +190,9 @@ def _reached(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site, 
     else:
         counts = (keys >= _least_key(keys, state, site)).sum(dim=1)
     counts = counts.clamp(min=min_tokens).minimum(state.counts)
-    if shapes_only():
+    if shapes_only() or not on_cpu(keys):
         return Kept(keys.shape[1], counts)
-    each = tuple(counts.tolist())  # a synchronisation on an accelerator
-    return _of_host(each, state.layout.full)._replace(counts=counts)
+    return _of_host(tuple(counts.tolist()), state.layout.full)
 
 
 def middle(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -242,25 +239,27 @@ def _split(keys: torch.Tensor, scores: Scores, state: TokenState, kept: Kept, si
     if kept.each is None and state.layout.full:
         return _split_alike(keys, scores, kept.rows, fuse, drop)
     total = keys.shape[1]
-    alive = state.layout.lengths
-    host = alive is not None
-    alive = alive if host else state.counts
-    each = new = kept.each
-    fused = False
+    known = isinstance(kept.each, tuple)
+    alive = state.layout.lengths if known else state.counts
+    new, fused = kept.each, False
     if fuse:
-        gone = tuple(min(a - k, 1) for a, k in zip(alive, each)) if host else (alive - each).clamp(max=1)
-        new = tuple(k + g for k, g in zip(each, gone)) if host else each + gone
-        fused = on_device(gone, keys.device)[:, None] > 0
-    rows = max(new) if host else _least(kept.rows + fuse, total)
+        gone = tuple(min(a - k, 1) for a, k in zip(alive, new)) if known else (alive - new).clamp(max=1)
+        new = tuple(k + g for k, g in zip(new, gone)) if known else new + gone
+        fused = (on_device(gone, keys.device) if known else gone)[:, None] > 0
+    rows = max(new) if known else _least(kept.rows + fuse, total)
+    counts = on_device(new, keys.device) if known else new
     order = _order(keys, scores, rows if drop else total)
-    counts = on_device(new, keys.device) if fuse or kept.counts is None else kept.counts
     there = torch.arange(rows, device=keys.device) < counts[:, None]
     home = _arranged(order[:, :rows], scores, drop, there)
-    lengths = new if host else None
-    there = None if host and min(new) == max(new) else there
+    if shapes_only():
+        lengths, most = None, total
+    else:
+        lengths = new if known else tuple(counts.tolist())  # an accelerator is waited for, with all else begun
+        most = max(a - n for a, n in zip(state.layout.lengths, lengths))
+        home, there = home[:, : max(lengths)], there[:, : max(lengths)]
+        there = None if min(lengths) == max(lengths) else there
     selection = Selection(home, there, lengths, fused, counts=counts)
-    most = max(a - n for a, n in zip(alive, new)) if host else total
-    if drop or (host and not most):
+    if drop or not most:
         return selection
     index = counts[:, None] + torch.arange(most, device=keys.device)
     rest = order.gather(1, index.clamp(max=total - 1))

@@ -110,14 +110,16 @@ class PackedRows:
         device: torch.device,
         origin: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        alive: torch.Tensor | None = None,
     ):
-        """lengths: alive tokens per sample; counts: the same on the device, where they are there. origin: where each
-        row lay before, in the flattened padded input or in the packed row that these rows were taken from, long [B, K];
-        None: in the same place."""
+        """lengths: alive tokens per sample; counts: the same on the device, and alive: as rows, where they are there.
+        origin: where each row lay before, in the flattened padded input or in the packed row that these rows were taken
+        from, long [B, K]; None: in the same place."""
         self.lengths = lengths
         self.device = device
         self._origin = origin
         self._counts = counts
+        self._alive = alive
         self.samples = len(lengths)
         self.rows = max(lengths)
         self.full = min(lengths) == self.rows
@@ -140,7 +142,9 @@ class PackedRows:
         return self.ends[:-1].long()
 
     @cached_property
-    def alive(self) -> torch.Tensor:  # [B, K]
+    def alive(self) -> torch.Tensor:  # bool [B, K]
+        if self._alive is not None:
+            return self._alive
         return torch.arange(self.rows, device=self.device) < self.counts[:, None]
 
     @cached_property
@@ -200,7 +204,7 @@ class PackedRows:
     def after(self, selection: Selection) -> "PackedRows":
         home = selection.home
         origin = home if self.samples == 1 else home + self.starts[:, None]
-        return PackedRows(selection.lengths, self.device, origin, selection.counts)
+        return PackedRows(selection.lengths, self.device, origin, selection.counts, selection.alive)
 
     def only_first(self) -> "PackedRows":
         return PackedRows((1,) * self.samples, self.device, self.starts[:, None])
