@@ -62,7 +62,8 @@ def _picture(path: Path, title: str, x: str, y: str, draw: Callable[[Axes], None
     draw(axes)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     return write_atomically(path, as_png(figure))
@@ -86,10 +87,17 @@ def _named_bars(values: Mapping[str, float]) -> Callable[[Axes], None]:
 
 
 def _lines(rows: Mapping[str, Sequence[tuple[float, float]]]) -> Callable[[Axes], None]:
+    """Lines over sizes; on a logarithmic scale where they span more than tenfold."""
+
     def draw(axes: Axes) -> None:
         for name, points in rows.items():
             axes.plot(*zip(*points), marker="o", label=name, color=COLOURS[name])
         axes.set_xscale("log", base=2)
         axes.set_xticks([size for size, _ in points], [str(size) for size, _ in points])
+        heights = [height for points in rows.values() for _, height in points]
+        if max(heights) > 10 * min(heights):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(which="minor", axis="y", alpha=0.4)
 
     return draw
