@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -65,12 +66,21 @@ def parse_arguments(*classes: type) -> tuple[Any, ...]:
     parser = HfArgumentParser(classes)
     if len(sys.argv) != 2 or Path(sys.argv[1]).suffix not in (".json", ".yaml", ".yml"):
         return parser.parse_args_into_dataclasses()
-    given = read_mapping(sys.argv[1])
-    for name in _IN_JSON:
-        if isinstance(given.get(name), dict):
-            given[name] = json.dumps(given[name])
-    _check_types(classes, given, sys.argv[1])
-    return parser.parse_dict(given)
+    return parser.parse_dict(typed_arguments(classes, read_mapping(sys.argv[1]), sys.argv[1]))
+
+
+def typed_arguments(classes: tuple[type, ...], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What a file holds for these dataclasses, as their parser takes it.
+
+    Raises:
+        ValueError: a value of another type than its argument has.
+    """
+    given = {
+        name: json.dumps(value) if name in _IN_JSON and isinstance(value, dict) else value
+        for name, value in given.items()
+    }
+    _check_types(classes, given, path)
+    return given
 
 
 _PLAIN = {bool: bool, int: int, float: (int, float), str: str}

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_tokenprune import TokenPruneTrainingArguments, packaged
 from hf_tokenprune.checkpoints import weights_digest
-from hf_tokenprune.command_line import parse_arguments, read_mapping
+from hf_tokenprune.command_line import parse_arguments, read_mapping, typed_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
@@ -64,21 +64,25 @@ class Comparison:
     def __init__(self, arguments: ComparisonArguments):
         self.arguments = arguments
         self.recipe = Recipe.read(arguments.recipe)
-        self._check_names()
+        self._check_runs()
         self.folder = Path(arguments.output_dir)
         self.threads = max(1, torch.get_num_threads() // arguments.processes)
 
-    def _check_names(self) -> None:
-        """Raises a ValueError, before any run begins, for a run or an argument of one that there is not."""
+    def _check_runs(self) -> None:
+        """Raises a ValueError, before any run begins, for a run that there is not, and an argument of one that there is
+        not or that is of another type."""
         others = [name for name in self.recipe.others if name != "pruned"]
         for name in self.arguments.timed_runs:
             if name not in others or self.arguments.timed_runs.count(name) > 1:
                 raise ValueError(f"timed_runs ({name!r}) must be, once, one of {', '.join(others)}")
-        known = {each.name for cls in (FinetuneArguments, TokenPruneTrainingArguments) for each in fields(cls)}
-        for name, given in {"baseline": self.recipe.baseline, **self.recipe.others}.items():
-            for argument in given:
+        classes = FinetuneArguments, TokenPruneTrainingArguments
+        known = {each.name for cls in classes for each in fields(cls)}
+        for name, own in {"baseline": self.recipe.baseline, **self.recipe.others}.items():
+            where = f"{name} of {self.arguments.recipe}"
+            for argument in own:
                 if argument not in known:
-                    raise ValueError(f"{name} of {self.arguments.recipe} has {argument!r}, no run_finetune.py argument")
+                    raise ValueError(f"{where} has {argument!r}, no run_finetune.py argument")
+            typed_arguments(classes, own, where)
 
     def folder_of(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}"

@@ -115,10 +115,18 @@ def test_the_command(tmp_path):
     assert other.returncode == 1 and "ValueError: held_out_samples (None) must be 7" in other.stderr
 
 
-def test_an_argument_that_is_none_is_said_before_any_run(tmp_path):
-    recipe = str(write_recipe(tmp_path / "recipe", pruned=PRUNED | {"learnig_rate": 1e-4}))
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"learnig_rate": 1e-4}, r"pruned of .* has 'learnig_rate', no run_finetune\.py argument"),
+        ({"max_length": "long"}, r"max_length \('long'\) in pruned of .* must be int"),
+    ],
+    ids=["unknown", "type"],
+)
+def test_an_argument_that_cannot_be_is_said_before_any_run(given, said, tmp_path):
+    recipe = str(write_recipe(tmp_path / "recipe", pruned=PRUNED | given))
     run_comparison = runpy.run_path(str(SCRIPT))
-    with pytest.raises(ValueError, match=r"pruned of .* has 'learnig_rate', no run_finetune\.py argument"):
+    with pytest.raises(ValueError, match=said):
         run_comparison["Comparison"](run_comparison["ComparisonArguments"](recipe, str(tmp_path)))
 
 
