@@ -25,6 +25,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from hf_tokenprune import prune
 from hf_tokenprune.modeling import token_attention
+from hf_tokenprune.modeling.saliency import first_token_scores
+from hf_tokenprune.modeling.token_layout import PackedRows
 from hf_tokenprune.prediction import predict_dataset
 from hf_tokenprune.profiling import peak_memory, time_interleaved
 from hf_tokenprune.profiling.operators import count_flops
@@ -143,6 +145,16 @@ def test_the_varlen_kernel(query_lengths, key_lengths, scaling, dtype, gradient)
     with torch.set_grad_enabled(gradient):
         found = token_attention._varlen(kernel(scaling), *halves, queries, keys)
     assert_close(found, expected, 8e-3 if dtype is torch.float16 else 4e-2)
+
+
+@HALVES
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "none"])
+def test_scores_of_halves_are_summed_wide(dtype, gradient):
+    query, key, lengths = torch.randn(3, 64).to(dtype), torch.randn(1, 51, 64).to(dtype), (20, 20, 11)
+    expected = first_token_scores(query.float(), key.float(), PackedRows(lengths, torch.device("cpu")), 0.2, 2)
+    with torch.set_grad_enabled(gradient):
+        found = first_token_scores(query.cuda(), key.cuda(), PackedRows(lengths, torch.device("cuda")), 0.2, 2)
+    assert_close(found, expected, 1e-6)
 
 
 @HALVES
