@@ -177,6 +177,7 @@ def measure(point: Point, arguments: BenchmarkArguments) -> dict:
             warmup=3 if sum(point.lengths) <= 1024 else 0,  # each has run twice, for its logits and its memory
             seconds=arguments.seconds_per_point,
             progress=lambda steps: tqdm(steps, desc=point.name),
+            device=device,
         )
         macs = count_macs(models["pruned"], inputs)
     row["unpadded_logit_difference"] = (logits["unpadded"] - logits["padded"]).abs().max().item()

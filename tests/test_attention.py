@@ -13,8 +13,9 @@ from torch.nn.attention import varlen
 from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
 
 from hf_tokenprune.modeling import saliency, selection, token_attention, token_layer
+from hf_tokenprune.modeling.saliency import first_token_scores
 from hf_tokenprune.modeling.token_attention import AttentionKernel, attend, attend_by_padding
-from hf_tokenprune.modeling.token_layout import PackedRows
+from hf_tokenprune.modeling.token_layout import PackedRows, on_device
 
 
 HEADS, WIDTH = 4, 8
@@ -74,6 +75,29 @@ def like_an_accelerator(monkeypatch):
             monkeypatch.setattr(module, "on_cpu", lambda x: False)
 
     return switch
+
+
+@pytest.fixture
+def full_products():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("lengths", [(20, 20, 11), (20, 20)], ids=["ragged", "equal"])
+def test_scores_are_not_rounded_where_products_may_be(lengths, like_an_accelerator, full_products):
+    torch.manual_seed(0)
+    query, key = torch.randn(len(lengths), 128), torch.randn(1, sum(lengths), 128)
+    rows = PackedRows(lengths, torch.device("cpu"))
+    expected = first_token_scores(query.double(), key.double(), rows, 0.2, 2)
+    like_an_accelerator()
+    torch.set_float32_matmul_precision("medium")
+    found = first_token_scores(query, key, rows, 0.2, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_numbers_go_to_a_device_whatever_the_default_is():
+    with torch.device("meta"):
+        assert on_device((3, 1), torch.device("cpu")).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("lengths", [[17, 5, 30, 1], [20, 20], [9]], ids=["ragged", "equal", "alone"])

@@ -67,6 +67,17 @@ def test_compiles_to_one_graph_for_all_shapes(case, method):
     assert len(graphs) <= 2  # torch gives a batch of one a graph of its own
 
 
+def test_layers_compiled_one_by_one_are_refused_where_they_prune():
+    model, inputs = pruned(build(Case(BertForSequenceClassification, BERT)), METHODS["top_k"]), text_inputs([9, 5])
+    for layer in model.base_model.token_layers():
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="must not be compiled one by one: compile the model"):
+            model(**inputs)
+        model.set_pruning(None)
+        assert model(**inputs).logits.isfinite().all()
+
+
 def test_compiles_with_the_default_backend():
     """The stock encoder's own path through inductor, with a site in it."""
     shallow = copy.deepcopy(BERT)

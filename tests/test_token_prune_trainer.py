@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_tokenprune import PruningConfig, TokenPruneTrainer, TokenPruneTrainingArguments, count_macs, prune
 from hf_tokenprune.modeling.token_outputs import EncoderCall
+from hf_tokenprune.training import trainer as trainer_module
 from hf_tokenprune.training.budget import check_reach, thresholds_for_budget
 from hf_tokenprune.training.distillation import difference_to_teacher, kept_token_mse
 from hf_tokenprune.training.schedule import KeepRateWarmup
@@ -396,6 +397,8 @@ def test_bad_input_is_one_sentence_and_checkpoints_stay(tmp_path):
         trainer_for(TOP_K, tmp_path, sandwich_samples=1)
     with pytest.raises(ValueError, match=r"in_place_distillation \(True\) needs a pruning"):
         trainer_for(None, tmp_path, in_place_distillation=True)
+    with pytest.raises(ValueError, match=r"keep_rate_warmup_end \(0.5\) must be 0 with sandwich_samples \(1\)"):
+        trainer_for(SANDWICH, tmp_path, sandwich_samples=1, keep_rate_warmup_end=0.5)
     for name, value in (("sandwich_samples", 1), ("keep_rate_warmup_end", 0.5), ("in_place_distillation", True)):
         with pytest.raises(ValueError, match=rf"{name} \({value}\) must not be set with objective 'budget'"):
             trainer_for({**BUDGET, "budgets": [[0.5, [9.0, 9.0]]]}, tmp_path, **{name: value})
@@ -416,6 +419,19 @@ def test_thresholds_move_together_to_the_budget():
     assert found.values[1] == pytest.approx(2 * found.values[0])
     with pytest.raises(ValueError, match=r"target_macs \(1e-09\) must be at least 0.000"):
         check_reach(pruning, 1e-9, ratio_at)
+    tiny = thresholds_for_budget(pruning.with_values([1e-5, 2e-5]), 0.5, ratio_at)
+    assert tiny.values[0] == pytest.approx(1.0, abs=0.02)
+    with pytest.raises(ValueError, match=r"thresholds \(\[0.0, 0.0\]\) must not all be 0 with target_macs \(0.5\)"):
+        check_reach(pruning.with_values([0.0, 0.0]), 0.5, ratio_at)
+
+
+def test_a_target_that_was_missed_is_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    trainer = trainer_for(BUDGET, tmp_path)
+    trainer._check_met(0.5, 0.505)
+    trainer._check_met(0.5, 0.6)
+    assert len(said) == 1 and "target_macs (0.5) is missed: 0.600 is as close as thresholds come" in said[0]
 
 
 def test_a_budget_out_of_reach_ends_before_training(tmp_path):

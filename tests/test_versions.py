@@ -33,7 +33,8 @@ USED = {
     "packaging": {"version"},
     "sys": {"float_info"},
     "torch": {
-        *("BoolTensor", "Tensor", "autocast", "autograd._profiler_enabled", "compiler.is_compiling"),
+        *("BoolTensor", "Tensor", "autocast", "autograd._profiler_enabled", "backends.cuda.matmul.fp32_precision"),
+        *("compiler.is_compiling", "cuda.get_device_capability"),
         *("compiler.is_exporting", "device", "finfo", "func.functional_call", "inf", "is_autocast_enabled"),
         *("is_grad_enabled", "jit.is_tracing", "linalg.vector_norm", "nan", "nn", "no_grad"),
         *("ops.aten._flash_attention_forward", "set_grad_enabled", "sym_max", "sym_min", "version.cuda"),

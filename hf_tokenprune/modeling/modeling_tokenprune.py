@@ -217,6 +217,9 @@ class TokenPruneModel(PrunerModules, Prunable):
         execution = "auto" if self.config.pruning is None else self.config.pruning.execution
         # Stochastic depth draws once per sample, and a packed batch is one row.
         drop_path = getattr(self.config, "drop_path_rate", 0.0) if self.training else 0.0
+        if self.config.pruning is not None and any(layer._compiled_call_impl for layer in self.token_layers()):
+            # What says where rows are does not survive the breaks between the graphs of one layer.
+            raise ValueError("layers that prune must not be compiled one by one: compile the model")
         if execution == "auto":
             return "padded" if drop_path or shapes_only() else "packed"
         if execution == "packed" and shapes_only():

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import initialization as init
 
 from .selection import GRID, Scores, best_rows
-from .token_layout import Layout, PackedRows, gather_rows, on_cpu, parted, shapes_only
+from .token_layout import Layout, PackedRows, gather_rows, halves_on_ampere, on_cpu, parted, shapes_only
 from .token_state import TokenState
 
 
@@ -28,6 +28,7 @@ def first_token_scores(
     heads: int,
     bias: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
+    gradient: bool = False,
 ) -> torch.Tensor:
     """The class token's attention to the alive rows of its sample, mean over heads.
 
@@ -36,13 +37,14 @@ def first_token_scores(
         key: [.., A] laid out as `keys`.
         bias: added to the logits of each key, [..].
         value: [.., A]: each head's attention is multiplied by the norm of what it would fetch (ATS, ECCV 2022).
+        gradient: whether one may be asked for, now or when the layer is recomputed, which must give the same scores.
 
     Returns:
         [B, K], rows of alive tokens sum to 1, dead rows 0.
     """
     alive = None if keys.full else keys.alive
     with without_autocast(key):
-        logits = _first_token_logits(query, key, keys, scaling, heads)  # [B, K, H]
+        logits = _first_token_logits(query, key, keys, scaling, heads, gradient)  # [B, K, H]
         if bias is not None:
             logits = logits + keys.spread(bias)[..., None]
         if alive is not None:
@@ -54,11 +56,11 @@ def first_token_scores(
 
 
 def _first_token_logits(
-    query: torch.Tensor, key: torch.Tensor, keys: Layout, scaling: float, heads: int
+    query: torch.Tensor, key: torch.Tensor, keys: Layout, scaling: float, heads: int, gradient: bool
 ) -> torch.Tensor:
     """Each sample's query [B, A] times its keys, head by head, scaled: [B, K, H], dead rows anything finite."""
-    if not on_cpu(key) and not shapes_only():
-        return _product_of_matrices(query, keys.spread(key), heads) * scaling
+    if not (on_cpu(key) or shapes_only() or _rounded_products(key)):
+        return _product_of_matrices(query, keys.spread(key), heads, gradient) * scaling
     query = _wide(query) * scaling
 
     def product(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -66,29 +68,28 @@ def _first_token_logits(
         # CPU, nor in a compiled kernel; half keys are widened on the way, by the wide query.
         return (key * query).unflatten(-1, (heads, -1)).sum(dim=-1)
 
-    if keys.full or not isinstance(keys, PackedRows) or shapes_only():
+    if keys.full or not isinstance(keys, PackedRows) or not on_cpu(key) or shapes_only():
         return product(query[:, None], keys.spread(key))
     samples = zip(query[:, None, None], key.split(keys.lengths, dim=1))
     return keys.spread(torch.cat([product(*sample) for sample in samples], dim=1))
 
 
-def _product_of_matrices(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
+def _product_of_matrices(query: torch.Tensor, key: torch.Tensor, heads: int, gradient: bool) -> torch.Tensor:
     """query [B, A] times key [B, K, A], head by head, in float32 or wider: [B, K, H].
 
     Every head's query is a column of its own, zero outside its head: H times the multiplications, but an accelerator
     reads the keys once and writes little.
     """
     columns = torch.diag_embed(query.unflatten(-1, (heads, -1)).mT, dim1=1, dim2=3).flatten(1, 2)  # [B, A, H]
-    if query.dtype is key.dtype and _multiplies_into_float32(key):
-        return torch.bmm(key, columns, out_dtype=torch.float32)
+    gradient = gradient or torch.is_grad_enabled()
+    if not gradient and query.dtype is key.dtype and halves_on_ampere(key) and not is_in_torch_dispatch_mode():
+        return torch.bmm(key, columns, out_dtype=torch.float32)  # torch's FLOP counter has no formula for it
     return _wide(key) @ _wide(columns)
 
 
-def _multiplies_into_float32(x: torch.Tensor) -> bool:
-    """Whether torch brings a product of matrices in half precision whose sums stay wide: on CUDA, without a gradient,
-    and not under a dispatch mode: torch's FLOP counter has no formula for it."""
-    half = x.is_cuda and torch.version.cuda is not None and x.dtype in (torch.float16, torch.bfloat16)
-    return half and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode()
+def _rounded_products(x: torch.Tensor) -> bool:
+    """Whether the user lets products of matrices in float32 be rounded: scores are not. Halves are exact even then."""
+    return x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def received_scores(

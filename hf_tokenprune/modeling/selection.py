@@ -190,7 +190,7 @@ def _reached(keys: torch.Tensor, scores: Scores, state: TokenState, site: Site, 
     else:
         counts = (keys >= _least_key(keys, state, site)).sum(dim=1)
     counts = counts.clamp(min=min_tokens).minimum(state.counts)
-    if shapes_only() or not on_cpu(keys):
+    if state.layout.lengths is None or not on_cpu(keys):
         return Kept(keys.shape[1], counts)
     return _of_host(tuple(counts.tolist()), state.layout.full)
 
@@ -221,10 +221,9 @@ def _least_key(keys: torch.Tensor, state: TokenState, site: Site) -> Any:
 
 def _mass_counts(keys: torch.Tensor, scores: Scores, state: TokenState, share: float) -> torch.Tensor:  # [B]
     """The fewest rows, protected ones first, whose saliency sums to `share` of all."""
-    best = scores.saliency.detach().gather(1, _order(keys, scores, keys.shape[1]))
-    units = (
-        (best * GRID * GRID).round().long()
-    )  # integers add up alike in every order, and some devices know no float64
+    best = scores.saliency.detach().gather(1, _order(keys, scores, keys.shape[1])).nan_to_num(nan=0.0)
+    # Integers add up alike in every order, and some devices know no float64.
+    units = (best * GRID * GRID).round().long()
     before = units.cumsum(dim=1) - units
     wanted = units.sum(dim=1, keepdim=True) * int(share * GRID) // int(GRID)
     needed = (before < wanted).sum(dim=1)
@@ -237,7 +236,7 @@ def _mass_counts(keys: torch.Tensor, scores: Scores, state: TokenState, share: f
 def _split(keys: torch.Tensor, scores: Scores, state: TokenState, kept: Kept, site: Site) -> Selection:
     fuse, drop = site.reduction in FUSIONS, site.reduction == "drop"
     if kept.each is None and state.layout.full:
-        return _split_alike(keys, scores, kept.rows, fuse, drop)
+        return _split_alike(keys, scores, kept.rows, fuse, drop, state.layout.lengths is not None)
     total = keys.shape[1]
     known = isinstance(kept.each, tuple)
     alive = state.layout.lengths if known else state.counts
@@ -251,7 +250,7 @@ def _split(keys: torch.Tensor, scores: Scores, state: TokenState, kept: Kept, si
     order = _order(keys, scores, rows if drop else total)
     there = torch.arange(rows, device=keys.device) < counts[:, None]
     home = _arranged(order[:, :rows], scores, drop, there)
-    if shapes_only():
+    if state.layout.lengths is None:
         lengths, most = None, total
     else:
         lengths = new if known else tuple(counts.tolist())  # an accelerator is waited for, with all else begun
@@ -266,18 +265,15 @@ def _split(keys: torch.Tensor, scores: Scores, state: TokenState, kept: Kept, si
     return selection._replace(rest=rest, rest_alive=index < state.counts[:, None])
 
 
-def _split_alike(keys: torch.Tensor, scores: Scores, kept: Any, fuse: bool, drop: bool) -> Selection:
-    """Every sample has as many rows and keeps as many."""
+def _split_alike(keys: torch.Tensor, scores: Scores, kept: Any, fuse: bool, drop: bool, known: bool) -> Selection:
+    """Every sample has as many rows and keeps as many; known: on the host."""
     total = keys.shape[1]
-    if fuse and shapes_only():
-        fused = (torch.arange(1, device=keys.device) < total - kept)[None]
-    else:
-        fused = fuse and kept < total
+    fused = fuse and (kept < total if known else (torch.arange(1, device=keys.device) < total - kept)[None])
     new = _least(kept + 1, total) if fuse else kept
     order = _order(keys, scores, new if drop else total)
-    lengths = None if shapes_only() else (new,) * keys.shape[0]
+    lengths = (new,) * keys.shape[0] if known else None
     home = _arranged(order[:, :new], scores, drop, None)
-    if drop or (not shapes_only() and new == total):
+    if drop or (known and new == total):
         return Selection(home, None, lengths, fused)
     return Selection(home, None, lengths, fused, order[:, new:])
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_layout import Layout, MaskedRows, PackedRows, Run, named, on_cpu, parted
+from .token_layout import Layout, MaskedRows, PackedRows, Run, halves_on_ampere, named, on_cpu, parted
 
 
 class AttentionKernel(NamedTuple):
@@ -168,8 +168,8 @@ def attend_by_padding(
 
 
 def has_varlen(query: torch.Tensor) -> bool:
-    """Whether torch brings a variable-length kernel for this tensor: CUDA, half precision, torch >= 2.10."""
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+    """Whether torch brings a variable-length kernel for this tensor: half precision on an Ampere GPU or a later one."""
+    if not halves_on_ampere(query):
         return False
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401

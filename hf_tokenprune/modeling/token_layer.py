@@ -276,7 +276,8 @@ class TokenPruneLayer:
             case "cls_attention" | "cls_value_norm":
                 asks = self.query(layout.first(given.source)) if given.query is None else layout.first(given.query)
                 value = given.value if site.saliency == "cls_value_norm" else None
-                scores = first_token_scores(asks, given.key, layout, module.scaling, heads, bias, value)
+                gradient = site.weighted or plan.soft is not None
+                scores = first_token_scores(asks, given.key, layout, module.scaling, heads, bias, value, gradient)
             case "received_attention" | "received_from_others":
                 diagonal = site.saliency == "received_attention"
                 scores = received_scores(

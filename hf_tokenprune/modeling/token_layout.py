@@ -8,7 +8,7 @@ Shapes: B samples, N input length, K rows, T alive tokens of the batch, D featur
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -37,10 +37,22 @@ def on_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def halves_on_ampere(x: torch.Tensor) -> bool:
+    """Whether this is half precision on CUDA that knows bfloat16 and flash attention."""
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.version.cuda is not None and _capability(x.device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def on_device(numbers: Any, device: torch.device) -> torch.Tensor:
     """Host numbers as a tensor, without waiting for the device: CUDA waits for all that was begun before it copies from
     memory that is not pinned."""
-    numbers = torch.as_tensor(numbers)
+    numbers = torch.as_tensor(numbers, device="cpu")  # whatever the default device is
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
@@ -150,7 +162,10 @@ class PackedRows:
     @cached_property
     def cells(self) -> torch.Tensor:
         """Where each token lies in the flattened rows [B * K]."""  # long [T]
-        return torch.nonzero_static(self.alive.flatten(), size=self.tokens)[:, 0]  # the size: no wait for the device
+        alive = self.alive.flatten()
+        if self.device.type == "cuda":
+            return torch.nonzero_static(alive, size=self.tokens)[:, 0]  # of known size: no wait for the device
+        return alive.nonzero()[:, 0]
 
     @cached_property
     def row_index(self) -> torch.Tensor:

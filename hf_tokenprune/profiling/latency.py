@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -88,8 +89,10 @@ def time_interleaved(
     Returns:
         The timings by name: by CUDA's own events there, by the processor's clock elsewhere.
     """
-    on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    measure = _seconds_on_cuda if on_cuda else _seconds
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    measure = partial(_seconds_on_cuda, device=device) if device.type == "cuda" else _seconds
     if rounds < 1:
         raise ValueError(f"rounds ({rounds}) must be >= 1")
     with heap_kept():
@@ -125,13 +128,14 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _seconds_on_cuda(call: Callable[[], object]) -> float:
+def _seconds_on_cuda(call: Callable[[], object], device: torch.device) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
+    stream = torch.cuda.current_stream(device)
+    stream.synchronize()
+    begin.record(stream)
     call()
-    end.record()
-    torch.cuda.synchronize()
+    end.record(stream)
+    stream.synchronize()
     return begin.elapsed_time(end) / 1e3  # from milliseconds
 
 

@@ -21,12 +21,12 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") 
     """
     device = torch.device(device)
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
         torch.accelerator.empty_cache()  # what was reserved for other calls is not this one's
         torch.accelerator.reset_peak_memory_stats(device)
         before = torch.accelerator.memory_allocated(device)
         call()
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
         return torch.accelerator.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()

@@ -12,8 +12,9 @@ from ..modeling.pruning_objective import OBJECTIVES
 
 logger = logging.get_logger(__name__)
 
-OCTAVES = 6.0  # of thresholds, up and down
+OCTAVES = 20.0  # of thresholds, up and down
 CLOSE = 0.002
+MISSED = 0.01  # of a MAC ratio: from here on a target is said to be missed
 THRESHOLDS = frozenset(OBJECTIVES["budget"].rules)  # rules whose values are these
 HIGHEST = 1e6  # of a threshold: no score reaches it
 
@@ -24,30 +25,35 @@ def thresholds_for_budget(
     """The pruning with all thresholds multiplied by one factor, so that the MAC ratio is closest to `target`.
 
     Args:
-        ratio_at: measures a pruning's MAC ratio. Fifteen measurements at most.
+        ratio_at: measures a pruning's MAC ratio. A dozen measurements, or thirty at most.
 
-    The factor is in [1/64, 64]; where even that is not enough, the closest.
+    The factor is within a million, up and down; where even that is not enough, the closest.
     """
     measured: dict[float, float] = {}
 
     def excess(octaves: float) -> float:
-        scaled = pruning.with_values([value * 2.0**octaves for value in pruning.values])
-        measured[octaves] = ratio_at(scaled) - target
+        if octaves not in measured:
+            scaled = pruning.with_values([value * 2.0**octaves for value in pruning.values])
+            measured[octaves] = ratio_at(scaled) - target
         return 0.0 if abs(measured[octaves]) < CLOSE else measured[octaves]
 
     # Thresholds and costs move against one another.
     start, bound = excess(0.0), 0.0
     while start and abs(bound) < OCTAVES:
-        bound += 2.0 if start > 0 else -2.0
+        near, bound = bound, bound + (2.0 if start > 0 else -2.0)
         if excess(bound) * start <= 0:
-            brentq(excess, 0.0, bound, xtol=0.01, maxiter=10, disp=False)
+            brentq(excess, near, bound, xtol=1e-4, maxiter=16, disp=False)
             break
     best = min(measured, key=lambda octaves: abs(measured[octaves]))
     return pruning.with_values([value * 2.0**best for value in pruning.values])
 
 
 def check_reach(pruning: PruningConfig, target: float, ratio_at: Callable[[PruningConfig], float]) -> None:
-    """Raises a ValueError for a MAC ratio that these sites cannot come down to, whatever their thresholds."""
+    """Raises a ValueError for a MAC ratio that these sites cannot come down to, whatever their thresholds, or from
+    thresholds that no factor moves."""
+    if not any(pruning.values):
+        values = list(pruning.values)
+        raise ValueError(f"thresholds ({values}) must not all be 0 with target_macs ({target}), which scales them")
     highest = replace(pruning.with_values([HIGHEST] * len(pruning.values)), objective=None)
     least = ratio_at(highest)
     if least > target:

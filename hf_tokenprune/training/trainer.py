@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from ..convert import prune
 from ..files import write_atomically
@@ -25,7 +26,7 @@ from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import sample_macs
 from ..modeling.token_outputs import EncoderCall
 from .arguments import TokenPruneTrainingArguments
-from .budget import THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
+from .budget import MISSED, THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, difference_to_teacher, kept_token_mse
 from .publishing import WithoutPickles
 from .resuming import last_whole_checkpoint
@@ -33,6 +34,8 @@ from .schedule import KeepRateWarmup, SoftToHard, pruned_model
 from .token_prior import fit_token_prior, prior_is_empty
 from .work_log import WorkLog
 
+
+logger = logging.get_logger(__name__)
 
 SAVED = "(with an adapter: name it in modules_to_save)"
 
@@ -123,6 +126,11 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                     "values that this would set"
                 )
 
+        if args.sandwich_samples and args.keep_rate_warmup_end:
+            raise ValueError(
+                f"keep_rate_warmup_end ({args.keep_rate_warmup_end}) must be 0 with sandwich_samples "
+                f"({args.sandwich_samples}), whose budgets are pruned to from the first step on"
+            )
         if args.target_macs is not None:
             self._check_target(pruning)
 
@@ -203,9 +211,16 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         self._settle_adapters()
         if measure is not None and target is not None:
             self.pruned.set_pruning(meet(self.pruned.config.pruning))
+            self._check_met(target, measure(self.pruned.config.pruning))
         if budgets:
             self._set_budgets(measure, trained=True)
         return result
+
+    def _check_met(self, target: float, ratio: float) -> None:
+        """Says what was missed; the trained model is not to be lost for it."""
+        if abs(ratio - target) > MISSED:
+            values = list(self.pruned.config.pruning.values)
+            logger.warning(f"target_macs ({target}) is missed: {ratio:.3f} is as close as thresholds come ({values})")
 
     def _check_start(self, wanted: Any) -> None:
         pruning = self.pruned.config.pruning
