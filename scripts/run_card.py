@@ -37,7 +37,8 @@ class CardArguments:
 
 def card_text(arguments: CardArguments) -> str:
     evidence, recipe = Path(arguments.evidence), Path(arguments.recipe).name
-    measured, folder = read_evidence(evidence), os.path.relpath(evidence.parent, arguments.card.parent)
+    measured = read_evidence(evidence, arguments.recipe)
+    folder = os.path.relpath(evidence.parent, arguments.card.parent)
     card = measured_card(
         read_about(arguments.recipe),
         measured,
@@ -53,7 +54,7 @@ def card_text(arguments: CardArguments) -> str:
 
 def draw(arguments: CardArguments) -> None:
     path, about = Path(arguments.evidence), read_about(arguments.recipe)
-    evidence = read_evidence(path)
+    evidence = read_evidence(path, arguments.recipe)
     comparison_picture(evidence, path.with_suffix(".png"), title=about["title"])
     schedule_of(evidence, about, _schedule(path))
 

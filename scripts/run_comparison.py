@@ -105,7 +105,7 @@ class Comparison:
         asked = self.arguments_of(name, seed, Path(found["output_dir"]).parent)
         for argument in [*asked, *found]:
             was, wish = found.get(argument), asked.get(argument)
-            if was != wish:
+            if _parsed(was) != _parsed(wish):
                 raise ValueError(f"{argument} ({wish!r}) must be {was!r}, as in {given}: take another output_dir")
 
     def finetune(self, name: str, seed: int) -> dict[str, Any]:
@@ -127,22 +127,31 @@ class Comparison:
         jobs = [(name, seed) for seed in seeds for name in names]
         for job in jobs:
             self.check_done(*job)
+        failures: list[Exception] = []
         with ThreadPoolExecutor(self.arguments.processes) as pool, tqdm(total=len(jobs), desc="runs") as bar:
 
-            def follow(job: tuple[str, int]) -> dict[str, Any]:
-                report = self.finetune(*job)
+            def follow(job: tuple[str, int]) -> dict[str, Any] | None:
+                if failures:  # what has not begun need not
+                    return None
+                try:
+                    report = self.finetune(*job)
+                except Exception as error:
+                    failures.append(error)
+                    return None
                 bar.update()
                 return report
 
             baselines = {seed: pool.submit(follow, ("baseline", seed)) for seed in seeds}  # before all others
 
-            def follow_baseline(job: tuple[str, int]) -> dict[str, Any]:
+            def follow_baseline(job: tuple[str, int]) -> dict[str, Any] | None:
                 baselines[job[1]].result()
                 return follow(job)
 
             rest = [job for job in jobs if job[0] != "baseline"]
             done = dict(zip(rest, pool.map(follow_baseline, rest)))
             done |= {("baseline", seed): baseline.result() for seed, baseline in baselines.items()}
+        if failures:
+            raise failures[0]
         reports = {name: [done[name, seed] for seed in seeds] for name in names}
         return {
             "recipe": {"baseline": self.recipe.baseline, **self.recipe.others},
@@ -159,6 +168,16 @@ class Comparison:
         asked = self.arguments
         rows = time_runs(folder, asked.timed_runs, inputs=asked.timed_inputs, rounds=asked.timed_rounds)
         return {"machine": describe_machine(), "rows": rows}
+
+
+def _parsed(value: Any) -> Any:
+    """A mapping, where a string holds one in JSON: a file may have either."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import filecmp
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from hf_tokenprune.viz import comparison_picture
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+OF_NO_RECIPE = ("title", "base_model", "license")
+OF_PUBLISHING = ("private", "revision", "overwrite", "message")
 
 
 @dataclass
@@ -66,6 +68,29 @@ class PushArguments:
             raise ValueError(f"recipe ({self.recipe}) and evidence ({self.evidence}) must be given together")
         if self.repo_id is None and self.stage_dir is None:
             raise ValueError("repo_id or stage_dir must be given: otherwise there is nothing to do")
+        for name, usual in ((each.name, each.default) for each in fields(self)):
+            value = getattr(self, name)
+            if self.recipe is not None and name in OF_NO_RECIPE and value != usual:
+                raise ValueError(f"{name} ({value}) must not be given with a recipe: its card.yaml says that")
+            if self.repo_id is None and name in OF_PUBLISHING and value != usual:
+                raise ValueError(f"{name} ({value}) must not be given without repo_id: nothing is published")
+        if self.stage_dir is not None:
+            self.stage_dir = str(resolved(self.stage_dir))
+
+
+def resolved(stage_dir: str) -> Path:
+    """The folder itself, where a link leads to one.
+
+    Raises:
+        ValueError: no folder can be put there.
+    """
+    folder = Path(stage_dir).resolve()
+    if folder == Path.cwd():
+        raise ValueError(f"stage_dir ({stage_dir}) must not be the folder that this runs in: a new one takes its place")
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"stage_dir ({stage_dir}) must be a folder, and {there} is none")
+    return folder
 
 
 def make(arguments: PushArguments, scratch: Path) -> Path:
@@ -83,12 +108,14 @@ def make(arguments: PushArguments, scratch: Path) -> Path:
         known = {"base_model": arguments.base_model, "license": arguments.license}
         card = unmeasured_card(model, title=title, **known, template=arguments.template, address=address)
         return stage(folder, model, processing, card)
-    about, evidence = read_about(arguments.recipe), read_evidence(arguments.evidence)
-    task = pipeline_tag_of(model)
+    about, evidence = read_about(arguments.recipe), read_evidence(arguments.evidence, arguments.recipe)
+    task, layers = pipeline_tag_of(model), model.config.num_hidden_layers
     if task != about["pipeline_tag"]:
         raise ValueError(
             f"{type(model).__name__} ({task}) must be for {about['pipeline_tag']}, as {arguments.recipe} is"
         )
+    if layers != about["layers"]:
+        raise ValueError(f"layers ({about['layers']}) of {arguments.recipe} must be {layers}, as the model has")
     seed = measured_seed(evidence, model, source, arguments.evidence)
     picture = comparison_picture(evidence, scratch / "accuracy_over_macs.png", title=about["title"])
     drawn = schedule_of(evidence, about, scratch / "schedule.png", seed)
@@ -120,15 +147,18 @@ def keep(made: Path, folder: Path) -> Path:
     """Puts the files that were made into a folder at once, or leaves there what is the same already.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something else, or cannot be replaced.
     """
     if folder.is_dir() and any(folder.iterdir()):
         if not _same(made, folder):
             raise ValueError(f"stage_dir ({folder}) must be empty, or hold what is staged now")
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as near:
-        os.replace(shutil.copytree(made, Path(near) / "repository"), folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as near:
+            os.replace(shutil.copytree(made, Path(near) / "repository"), folder)
+    except OSError as error:
+        raise ValueError(f"stage_dir ({folder}) must be one that can be replaced: {error}") from error
     return folder
 
 

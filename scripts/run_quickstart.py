@@ -228,6 +228,9 @@ class Quickstart:
         pruned = prune(baseline, written_pruning(self.arguments.pruning, self.tokenizer))
         if pruned.base_model.looks_ids_up:
             raise ValueError("saliency ('token_prior') needs a table, which run_finetune.py fills and this does not")
+        objective = pruned.config.pruning.objective
+        if objective is not None and objective.learns_values and objective.phase == "soft":
+            raise ValueError(f"objective ({objective.name!r}) learns values, as run_finetune.py does and this does not")
         return pruned.config.pruning
 
     def _training_arguments(self, epochs: float, learning_rate: float) -> TrainingArguments:

@@ -139,6 +139,49 @@ def test_limits_are_sentences(limits, tmp_path):
         read_about(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('layers: "2"', r"layers \('2'\) of .*card.yaml must be a whole number >= 1"),
+        ("license:", r"license \(None\) of .*card.yaml must be a string that is not empty"),
+        ("title: 7", r"title \(7\) of .*card.yaml must be a string"),
+        ("base_model:", r"base_model \(None\) of .*card.yaml must be a string"),
+        ("language: no", r"language \(False\) of .*card.yaml must be a code in quotes"),
+    ],
+)
+def test_what_a_recipe_says_of_its_card_has_types(line, said, tmp_path):
+    whole = (ROOT / "recipes" / "minilm-reuters-r8" / "card.yaml").read_text()
+    name = line.partition(":")[0]
+    (tmp_path / "card.yaml").write_text(re.sub(rf"^{name}:.*$", line, whole, flags=re.MULTILINE))
+    with pytest.raises(ValueError, match=said):
+        read_about(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["minilm-reuters-r8", "bert-tiny-20newsgroups-religion"])
+def test_evidence_is_of_the_recipe_whose_card_it_makes(name, tmp_path, monkeypatch):
+    evidence = tmp_path / "comparison.json"
+    measured = (ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json").read_bytes()
+    evidence.write_bytes(measured)
+    script, recipe = str(ROOT / "scripts" / "run_card.py"), str(ROOT / "recipes" / name)
+    given = ["--recipe", recipe, "--evidence", str(evidence), "--output", str(tmp_path / "card.md")]
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    wrong = {
+        "minilm-reuters-r8": f"dataset_name ('reuters-r8') of {recipe} must be '20newsgroups-religion', which",
+        "bert-tiny-20newsgroups-religion": f"model_name_or_path ('bert-tiny') of {recipe} must be 'minilm-l6', which",
+    }
+    assert wrong[name] in end.value.code and [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
+
+
+def test_a_card_says_of_which_seed_its_times_are():
+    _, about, evidence = card(RECIPES[0])
+    assert evidence["speed"] and "\nTimes are of the models of seed 0.\n" in made_text(RECIPES[0])
+    given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}
+    other = evidence | {"seeds": [4, 5, 6], "prunings": evidence["prunings"][:1] * 3}
+    assert "\nTimes are of the models of seed 4.\n" in measured_card(about, other, seed=2, **given).text
+
+
 def test_a_baseline_that_was_better_is_not_hidden():
     _, about, evidence = card(ROOT / "recipes" / "bert-tiny-20newsgroups-religion")
     given = {"recipe": "any", "picture": "a.png", "template": ROOT / "model_cards" / "template.md"}

@@ -1,6 +1,7 @@
 """A recipe and its controls: what each run is called with, what their reports say, and the command on a tiny model."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -46,6 +47,21 @@ def test_a_control_differs_in_what_it_names(tmp_path):
         Recipe.read(write_recipe(tmp_path / "recipe", pruned=TRAINED))
     with pytest.raises(ValueError, match=r"control \(None\) in .* must be {pruning: null}"):
         Recipe.read(write_recipe(tmp_path / "recipe", pruned=PRUNED, controls={"a": {}}))
+
+
+@pytest.mark.parametrize("name", ["baseline", "pruned", "padded", "padded, sorted by length", "unpadded", 86])
+def test_a_control_takes_no_others_place(name, tmp_path):
+    controls = {"control": {"pruning": None}, name: {"max_length": 9}}
+    said = rf"{name!r} \({{'max_length': 9}}\) in .*controls.yaml must be a name other than baseline, pruned, padded"
+    with pytest.raises(ValueError, match=said):
+        Recipe.read(write_recipe(tmp_path / "recipe", controls=controls))
+
+
+@pytest.mark.parametrize("changes", [None, [9], "max_length"])
+def test_what_a_control_changes_is_a_mapping(changes, tmp_path):
+    controls = {"control": {"pruning": None}, "short": changes}
+    with pytest.raises(ValueError, match=rf"'short' \({re.escape(repr(changes))}\) in .*controls.yaml must hold a map"):
+        Recipe.read(write_recipe(tmp_path / "recipe", controls=controls))
 
 
 def test_a_recipe_holds_numbers_and_mappings_as_yaml_has_them(tmp_path):
@@ -139,6 +155,24 @@ def test_runs_to_time_are_of_the_recipe(tmp_path):
             run_comparison["Comparison"](arguments)
 
 
+@pytest.mark.parametrize(("fails", "begun"), [("baseline", 1), ("pruned", 4)])
+def test_after_a_failure_no_other_run_begins(fails, begun, tmp_path):
+    run_comparison, runs = runpy.run_path(str(SCRIPT)), []
+    arguments = run_comparison["ComparisonArguments"](str(write_recipe(tmp_path / "recipe")), str(tmp_path), [0, 1, 2])
+    comparison = run_comparison["Comparison"](arguments)
+
+    def finetune(name: str, seed: int) -> dict:
+        runs.append((name, seed))
+        if name == fails:
+            raise RuntimeError(f"{name} of seed {seed} ended with 1")
+        return {}
+
+    comparison.finetune = finetune
+    with pytest.raises(RuntimeError, match=f"{fails} of seed 0 ended with 1"):
+        comparison.run()
+    assert len(runs) == begun
+
+
 def test_a_done_run_with_other_arguments_is_refused(tmp_path):
     run_comparison = runpy.run_path(str(SCRIPT))
 
@@ -160,6 +194,9 @@ def test_a_done_run_with_other_arguments_is_refused(tmp_path):
         check(tmp_path / "out", max_steps=3)
     with pytest.raises(ValueError, match=r"weight_decay \(0.1\) must be None"):
         check(tmp_path / "out", weight_decay=0.1)
+    check(tmp_path / "out", pruning=json.loads(PRUNED["pruning"]))  # the same, as a file may hold it
+    with pytest.raises(ValueError, match=r"pruning \({'preset': 'evit'}\) must be '{"):
+        check(tmp_path / "out", pruning={"preset": "evit"})
     check(tmp_path / "out", seed=5, max_steps=3)  # nothing is done of that seed
     (tmp_path / "out").rename(tmp_path / "moved")
     check(tmp_path / "moved")

@@ -70,9 +70,9 @@ def tokenizer(folder: Path) -> BertTokenizer:
     return BertTokenizer(str(folder / "vocab.txt"))
 
 
-def bert(seed: int = 0) -> TokenPruneBertForSequenceClassification:
+def bert(seed: int = 0, layers: int = 3) -> TokenPruneBertForSequenceClassification:
     torch.manual_seed(seed)
-    small = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
     return prune(transformers.BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **small)), PRUNING).eval()
 
 
@@ -361,8 +361,12 @@ def test_the_command_line(hub, tmp_path):
     recipe = ROOT / "recipes" / "minilm-20newsgroups-religion"
     evidence = ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json"
     measured = json.loads(evidence.read_text())
-    other = repository(tmp_path / "other")
-    model = bert()
+    other = repository(tmp_path / "other", bert(layers=6))
+    shallow = bert()
+    shallow.set_pruning(measured["prunings"][1])
+    shallow.base_model.set_token_prior([1.0] * shallow.config.vocab_size)
+    shallow = str(repository(tmp_path / "shallow", shallow))
+    model = bert(layers=6)
     model.set_pruning(measured["prunings"][1])
     empty = str(repository(tmp_path / "empty", model))
     model.base_model.set_token_prior([1.0] * model.config.vocab_size)
@@ -379,9 +383,13 @@ def test_the_command_line(hub, tmp_path):
         (empty, "table of saliency ('token_prior') must be filled"),
         (headless, "(feature-extraction) must be for text-classification"),
         (weighed, "must be of this model's weights"),
+        (shallow, f"layers (6) of {recipe} must be 3, as the model has"),
     ):
         refused = run_push(hub, *given, "--model_name_or_path", wrong)
         assert words in refused and "Traceback" not in refused and not hub.repositories
+    another = [*given[:2], "--recipe", str(recipe.with_name("minilm-reuters-r8")), *given[4:]]
+    refused = run_push(hub, *another, "--model_name_or_path", made)
+    assert "must be '20newsgroups-religion', which" in refused and not hub.repositories
     printed = run_push(hub, *given, "--model_name_or_path", made)
     assert "published http" in printed, printed
     files = hub.files("founder/measured")
@@ -438,6 +446,53 @@ def test_the_command_line_on_tokens_and_names(hub, refused, tmp_path, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     assert "PushError: no token: set HF_TOKEN" in refused("--repo_id", "founder/tiny")
     assert set(hub.repositories) == {"founder/taken"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--recipe r --evidence e --license mit", "license (mit) must not be given with a recipe"),
+        ("--recipe r --evidence e --base_model you/bert", "base_model (you/bert) must not be given with a recipe"),
+        ("--recipe r --evidence e --title mine", "title (mine) must not be given with a recipe"),
+        ("--private", "private (True) must not be given without repo_id: nothing is published"),
+        ("--revision next", "revision (next) must not be given without repo_id"),
+        ("--overwrite", "overwrite (True) must not be given without repo_id"),
+        ("--message hello", "message (hello) must not be given without repo_id"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(given, said, refused, tmp_path):
+    assert said in refused("--stage_dir", str(tmp_path / "look"), *given.split())
+
+
+def test_where_nothing_can_be_staged_is_said_before_a_model_is_loaded(refused, tmp_path, monkeypatch):
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("loaded")
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_tokenprune.checkpoints.load_model", load)
+        assert "stage_dir (.) must not be the folder that this runs in" in refused("--stage_dir", ".")
+        for place in ("file", "file/look"):
+            said = f"stage_dir ({tmp_path / place}) must be a folder, and {tmp_path / 'file'} is none"
+            assert said in refused("--stage_dir", str(tmp_path / place))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("shutil.copytree", fail)
+    said = refused("--stage_dir", str(tmp_path / "look"))
+    assert said == f"ValueError: stage_dir ({tmp_path / 'look'}) must be one that can be replaced: not yours"
+
+
+def test_a_link_to_an_empty_folder_is_staged_into(hub, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    made = str(repository(tmp_path / "made"))
+    printed = run_push(hub, "--model_name_or_path", made, "--stage_dir", str(tmp_path / "link"))
+    assert "nothing was published" in printed, printed
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "README.md").is_file()
 
 
 def test_the_command_line_on_what_nobody_thought_of(refused, tmp_path, monkeypatch):

@@ -146,12 +146,16 @@ def test_the_fast_quickstart_keeps_what_was_asked_for():
     assert asked.max_length == 64
 
 
+LEARNED = '{"preset": "ltp", "final_token_threshold": 0.01, "objective": "ltp"}'
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     "wish, words",
     [
         (["--pruning", '{"preset": "top_k", "keep_rate": 1.3}'], "keep_rate (1.3) must be in (0, 1]"),
         (["--pruning", '{"preset": "adaptive", "layers": [1], "prior_threshold": 1}'], "needs a table, which"),
+        (["--pruning", LEARNED], "objective ('ltp') learns values, as run_finetune.py does and this does not"),
         (["--dataset_name", "reuters-r8", "--label_column", "topic"], "column 'topic' is not in reuters-r8"),
         (["--model_name_or_path", "/no/such/model"], "/no/such/model"),
         (["--timed_rounds", "0"], "timed_rounds (0) must be >= 1"),
@@ -160,7 +164,7 @@ def test_the_fast_quickstart_keeps_what_was_asked_for():
         (["--learning_rate", "-1"], "learning_rate (-1.0) must be > 0"),
         (["--output_dir", f"{__file__}/out", "--pruning", "top_k"], "NotADirectoryError"),
     ],
-    ids=["pruning", "table", "column", "model", "rounds", "shown", "tested", "rate", "folder"],
+    ids=["pruning", "table", "learned", "column", "model", "rounds", "shown", "tested", "rate", "folder"],
 )
 def test_quickstart_ends_with_one_sentence(wish, words, tmp_path, monkeypatch):
     script = str(SCRIPTS / "run_quickstart.py")

@@ -13,11 +13,13 @@ from ..checkpoints import HEADS, NO_HEAD, pipeline_tag_of
 from ..command_line import read_mapping
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
-from ..training.comparison import quality_table, time_table
+from ..training.comparison import Recipe, quality_table, time_table
 from ..viz.schedule_plot import schedule_picture
 
 
 NEEDED = ("title", "base", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
+TEXTS = tuple(name for name in NEEDED if name not in ("layers", "limits"))
+OF_A_TASK = ("dataset_name", "model_name_or_path")  # what two recipes differ in whose cards say other things
 TAGS = Prunable.model_tags
 SOMEWHERE = "this/repository"
 
@@ -27,32 +29,55 @@ def read_about(recipe: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: there is none.
-        ValueError: something is missing in it, or a limit is no string.
+        ValueError: something is missing in it, or of another type.
     """
     path = Path(recipe) / "card.yaml"
     about = yaml.safe_load(path.read_text())
     missing = [name for name in NEEDED if name not in (about if isinstance(about, Mapping) else {})]
     if missing:
         raise ValueError(f"{path} must have {', '.join(missing)}")
-    limits = about["limits"]
-    wrong = [each for each in limits if not isinstance(each, str)] if isinstance(limits, list) else [limits]
-    if wrong:
-        raise ValueError(f"limits ({wrong[0]!r}) of {path} must be a list of strings: quote one that has ': ' in it")
+    _check_kinds(about, path)
     return about
 
 
-def read_evidence(path: str | Path) -> dict[str, Any]:
-    """What `run_comparison.py` wrote.
+def _check_kinds(about: Mapping[str, Any], path: Path) -> None:
+    for name in (each for each in (*TEXTS, "base_model") if each in about):
+        if not isinstance(about[name], str) or not about[name]:
+            raise ValueError(f"{name} ({about[name]!r}) of {path} must be a string that is not empty")
+    layers, language, limits = about["layers"], about.get("language", "en"), about["limits"]
+    if type(layers) is not int or layers < 1:
+        raise ValueError(f"layers ({layers!r}) of {path} must be a whole number >= 1")
+    # YAML takes the code of Norwegian for False.
+    if not language or not isinstance(language, str | list):
+        raise ValueError(f"language ({language!r}) of {path} must be a code in quotes, or a list of them")
+    wrong = [each for each in limits if not isinstance(each, str)] if isinstance(limits, list) else [limits]
+    if wrong:
+        raise ValueError(f"limits ({wrong[0]!r}) of {path} must be a list of strings: quote one that has ': ' in it")
+
+
+def read_evidence(path: str | Path, recipe: str | Path) -> dict[str, Any]:
+    """What `run_comparison.py` wrote of the recipe in a folder.
 
     Raises:
-        OSError: there is none.
-        ValueError: another file.
+        OSError: there is none, or no such recipe.
+        ValueError: another file, or one of another recipe.
     """
     evidence = read_mapping(path)
     missing = [name for name in ("quality", "seeds", "prunings", "machine") if name not in evidence]
     if missing:
         raise ValueError(f"{path} must be what run_comparison.py wrote, and has no {', '.join(missing)}")
+    if evidence.get("recipe"):  # older comparisons did not tell it
+        _check_task(evidence["recipe"]["baseline"], path, recipe)
     return evidence
+
+
+def _check_task(measured: Mapping[str, Any], path: str | Path, recipe: str | Path) -> None:
+    own = Recipe.read(recipe).baseline
+    for name in OF_A_TASK:
+        if own.get(name) != measured.get(name):
+            raise ValueError(
+                f"{name} ({own.get(name)!r}) of {recipe} must be {measured.get(name)!r}, which {path} was measured with"
+            )
 
 
 def measured_card(

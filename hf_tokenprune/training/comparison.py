@@ -25,6 +25,8 @@ OF_A_PRUNING = (
     "sandwich_samples",
     "budgets",
 )
+# A control of such a name would stand in another's place: of a run, or of what is timed beside the runs.
+TAKEN_NAMES = ("baseline", "pruned", "padded", "padded, sorted by length", "unpadded")
 CONTROL = "control"  # the baseline trained on with nothing pruned, which all others are compared with
 
 
@@ -50,6 +52,13 @@ class Recipe:
             raise ValueError(f"pruning ({pruned.get('pruning')!r}) of {files['pruned']} must be given")
         if controls.get(CONTROL) != {"pruning": None}:
             raise ValueError(f"{CONTROL} ({controls.get(CONTROL)!r}) in {files['controls']} must be {{pruning: null}}")
+        for name, changes in controls.items():
+            if name in TAKEN_NAMES or not isinstance(name, str):
+                raise ValueError(
+                    f"{name!r} ({changes!r}) in {files['controls']} must be a name other than {', '.join(TAKEN_NAMES)}"
+                )
+            if not isinstance(changes, Mapping):
+                raise ValueError(f"{name!r} ({changes!r}) in {files['controls']} must hold a mapping")
         return cls(
             read["baseline"], {"pruned": pruned} | {name: pruned | changes for name, changes in controls.items()}
         )
