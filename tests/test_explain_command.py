@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -71,6 +72,17 @@ def test_pixels_beyond_the_last_whole_patch_are_not_shown():
     pixels = torch.nn.functional.pad(tiny.image_inputs(1)["pixel_values"], (0, 3, 0, 2))  # 26 x 27, patches of 4
     (view,) = explain(model, {"pixel_values": pixels, "interpolate_pos_encoding": True}, ViTImageProcessorPil())
     assert Image.open(io.BytesIO(view.picture.png)).size == (24, 24)
+
+
+@pytest.mark.parametrize("wish", [{"do_normalize": False}, {"image_mean": None}], ids=["not", "unknown"])
+def test_a_normalisation_that_was_not_done_is_not_undone(wish):
+    model = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), "top_k")
+    processor = ViTImageProcessorPil()
+    vars(processor).update(wish)
+    pixels = torch.linspace(0, 1, 24 * 24).view(1, 1, 24, 24).expand(1, 3, 24, 24)
+    (view,) = explain(model, {"pixel_values": pixels}, processor)
+    shown = np.asarray(Image.open(io.BytesIO(view.picture.png)))
+    assert np.array_equal(shown[:, :, 0], (pixels[0, 0] * 255).round().byte().numpy())
 
 
 @pytest.mark.real

@@ -13,6 +13,7 @@ from hf_tokenprune.viz import (
     OperatingPoint,
     accuracy_over_macs,
     comparison_picture,
+    draw_tokens,
     plots,
     schedule_picture,
     schedule_plot,
@@ -142,3 +143,23 @@ def test_a_schedule_is_drawn_as_its_values_say(stages, bars, label, tmp_path):
         assert min(image.size) > 400 and len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
     with pytest.raises(ValueError, match=r"must be in \[0, 0\]"):
         schedule_picture(pruning, path, layers=1, title="t", mac_ratio=0.5)
+
+
+def test_a_schedule_that_awaits_the_depth_is_drawn_at_it(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn, draw = [], schedule_plot._draw
+    monkeypatch.setattr(schedule_plot, "_draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    pruning = PruningConfig.coerce({"preset": "ltp", "final_token_threshold": 0.01})
+    schedule_picture(pruning, tmp_path / "schedule.png", layers=4, title="t", mac_ratio=0.5)
+    bars = [bar.get_height() for bar in drawn[0].axes[0].patches]
+    assert bars == pytest.approx(pruning.resolve(4).values) and len(bars) == 4
+
+
+def test_tokens_are_drawn_for_models_of_any_name(tmp_path):
+    pytest.importorskip("matplotlib")
+    image_module = pytest.importorskip("PIL.Image")
+    alive = {"unpruned": [9.0, 9.0], "pruned": [9.0, 4.0], "another": [9.0, 6.0], "one more": [9.0, 7.0]}
+    with image_module.open(draw_tokens(alive, tmp_path / "tokens.png", title="t")) as image:
+        colours = {colour: count for count, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}
+    large = [colour for colour, count in colours.items() if count > 2_000]
+    assert len(large) >= 5  # one for each, and the ground

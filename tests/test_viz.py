@@ -1,5 +1,7 @@
 """The page of kept words, and the picture of patches."""
 
+import colorsys
+import io
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_tokenprune import prune
 from hf_tokenprune.viz import (
     DocumentView,
+    Picture,
     document_views,
     draw_patches,
     explain,
@@ -73,6 +76,8 @@ class Page(HTMLParser):
         self.glued: list[list[bool]] = []
         self.hues: list[list[str | None]] = []
         """Of words that are one token with others."""
+        self.shades: list[list[str | None]] = []
+        """Likewise."""
         self.edges: list[list[int]] = []
         """How many sides of a patch that is one token with others are drawn."""
         self.current: list[int] = []
@@ -94,7 +99,7 @@ class Page(HTMLParser):
         self.attributes |= set(attrs)
         self._into = None
         if tag == "article":
-            for column in (self.words, self.gone, self.glued, self.hues, self.edges, self.sentences):
+            for column in (self.words, self.gone, self.glued, self.hues, self.shades, self.edges, self.sentences):
                 column.append([])
         elif tag == "li":
             if "aria-current" in attrs:
@@ -105,6 +110,7 @@ class Page(HTMLParser):
             self.glued[-1].append("on" in classes)
             style = attrs.get("style") or "" if "one" in classes else ""
             self.hues[-1].append(style.partition("--hue: ")[2].partition(";")[0] or None)
+            self.shades[-1].append(style.partition("--shade: ")[2].partition("%;")[0] or None)
             self.edges[-1].append(style.count("inset"))
             self.words[-1].append("")
             self._into = self.words[-1]
@@ -439,10 +445,59 @@ def test_groups_in_a_browser(kind, tmp_path):
             assert [hue is not None for hue in page.hues[sample]] == shared
             groups = {carrier for carrier, merged in zip(carriers, shared) if merged}
             assert len(set(page.hues[sample]) - {None}) == len(groups)
+            colours = [document.colours()[site - 1].get(carrier) for carrier in carriers]
+            seen = zip(page.hues[sample], page.shades[sample])
+            assert [None if hue is None else (float(hue), int(shade)) for hue, shade in seen] == colours
             if kind == "image":
                 places = [divmod(place, 6) for place in range(36)]
                 own = [{at for at, each in zip(places, carriers[1:]) if each == carrier} for carrier in groups]
                 assert sum(page.edges[sample]) == sum(len(list(patches._outline(each))) for each in own)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 13, 20, 31, 40])
+def test_groups_of_a_panel_differ_in_colour(count):
+    """Hues of those alike in lightness are 30 degrees apart, or three of the even steps where there are many."""
+    carriers = [21 * place for place in range(count)] * 2
+    (colours,) = view(["a"] * 2 * count, [1] * 2 * count, sites=1, carriers=[carriers]).colours()
+    assert list(colours) == carriers[:count] and len({hue for hue, _ in colours.values()}) == count
+    assert (len({shade for _, shade in colours.values()}) > 1) == (count > 12)
+    least = 30 if count <= 12 else 3 * 360 / (count + 2)
+    for number, (hue, shade) in enumerate(colours.values()):
+        for other, alike in list(colours.values())[:number]:
+            assert alike != shade or min((hue - other) % 360, (other - hue) % 360) > least - 0.2
+
+
+def twenty_one_apart() -> DocumentView:
+    """Two groups of three patches each, of 6 x 6, whose tokens are 21 apart."""
+    image_module = pytest.importorskip("PIL.Image")
+    content = io.BytesIO()
+    image_module.new("RGB", (24, 24), "white").save(content, format="PNG")
+    carriers = list(range(37))
+    carriers[2] = carriers[3] = 1
+    carriers[23] = carriers[24] = 22
+    words = ["[CLS]", *[""] * 36]
+    return view(words, [1] * 37, sites=1, carriers=[carriers], picture=Picture(content.getvalue(), columns=6))
+
+
+def far_apart(hues: list[float]) -> bool:
+    return any(min((hue - hues[0]) % 360, (hues[0] - hue) % 360) > 60 for hue in hues)
+
+
+def test_a_picture_tells_tokens_that_are_21_apart_from_each_other(tmp_path):
+    pytest.importorskip("matplotlib")
+    image_module = pytest.importorskip("PIL.Image")
+    with image_module.open(draw_patches(twenty_one_apart(), tmp_path / "patches.png", title="t")) as image:
+        found = [colorsys.rgb_to_hsv(*(each / 255 for each in pixel)) for pixel in set(image.convert("RGB").getdata())]
+    assert far_apart([360 * hue for hue, saturation, _ in found if saturation > 0.7])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_page_tells_tokens_that_are_21_apart_from_each_other(tmp_path):
+    path = write_page(tmp_path / "page.html", render_page([twenty_one_apart()], title="t"))
+    page, log = browse(path, "", tmp_path / "profile")
+    assert "CONSOLE" not in log
+    hues = [float(hue) for hue in page.hues[0] if hue is not None]
+    assert len(hues) == 6 and far_apart(hues)
 
 
 def test_the_legend_tells_of_groups_only_where_there_are_some():

@@ -71,12 +71,15 @@ def _words(batch: Mapping[str, torch.Tensor], processing: object, prefix: int, p
 
 
 def _pictures(pixels: torch.Tensor, processor: BaseImageProcessor, prefix: int, patch: int) -> list[Picture]:
-    """What the model saw, normalisation undone. pixels: [B, 3, H, W]."""
+    """What the model saw, normalisation undone where there was one. pixels: [B, 3, H, W]."""
     from PIL import Image
 
-    mean, std = (torch.tensor(each)[:, None, None] for each in (processor.image_mean, processor.image_std))
-    pictures = []
-    for image in (pixels.cpu().float() * std + mean).clamp(0, 1):
+    pixels, pictures = pixels.cpu().float(), []
+    normalised = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
+    if getattr(processor, "do_normalize", False) and all(each is not None for each in normalised):
+        mean, std = (torch.tensor(each)[:, None, None] for each in normalised)
+        pixels = pixels * std + mean
+    for image in pixels.clamp(0, 1):
         rows, columns = (side // patch for side in image.shape[-2:])
         image = image[:, : rows * patch, : columns * patch]  # what is left over at the edges goes into no patch
         content = io.BytesIO()

@@ -11,6 +11,7 @@ import base64
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -36,6 +37,8 @@ _OPENING = frozenset("([{")
 _CLOSING = frozenset(".,;:!?)]}%")
 _APOSTROPHES = frozenset("'’")
 _LONGEST_LEGEND = 5
+_MANY_GROUPS = 12  # hues alone tell no more of them apart
+_SHADES = (0, -15, 15)
 
 
 class TokenTrace(Protocol):
@@ -111,17 +114,37 @@ class DocumentView:
 
     def merges(self) -> bool:
         """Whether several positions are ever one token."""
-        alive = ([carrier for carrier in row if carrier >= 0] for row in self.carriers or ())
-        return any(len(set(row)) < len(row) for row in alive)
+        return any(self.colours())
+
+    def colours(self) -> list[dict[int, tuple[float, int]]]:
+        """After each site, of each token that carries several positions: hue in degrees, and points of lightness more
+        or less."""
+        return [_colours(row) for row in self.carriers or ()]
 
     def trace(self) -> str:
         """What the page's script reads, as JSON."""
         scores = [[None if value is None else float(f"{value:.3g}") for value in row] for row in self.scores or ()]
-        return json.dumps({"carriers": self.carriers or [], "scores": scores}, separators=(",", ":"))
+        known = {"carriers": self.carriers or [], "scores": scores, "colours": self.colours()}
+        return json.dumps(known, separators=(",", ":"))
 
     def alive(self) -> list[int]:
         """Tokens the model computes on at the input and after each site, `S + 1` numbers."""
         return self.surviving() if self.counts is None else [len(self.words), *self.counts]
+
+
+def _colours(carriers: list[int]) -> dict[int, tuple[float, int]]:
+    """Hues spread evenly over the groups; where there are many, those of neighbouring hues differ in lightness."""
+    members = Counter(carrier for carrier in carriers if carrier >= 0)
+    groups = [carrier for carrier, count in members.items() if count > 1]  # in the order of their first positions
+    many, hues = len(groups) > _MANY_GROUPS, len(groups)
+    if many:
+        hues = math.ceil(hues / len(_SHADES)) * len(_SHADES)  # the first and the last one are neighbours too
+    colours = {}
+    for number, carrier in enumerate(groups):
+        # Groups that follow each other often lie side by side: they get opposite hues.
+        place = number // 2 + number % 2 * math.ceil(hues / 2)
+        colours[carrier] = round(360 * place / hues, 1), _SHADES[place % len(_SHADES)] if many else 0
+    return colours
 
 
 def document_views(

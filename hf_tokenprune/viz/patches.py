@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PANELS = 4  # side by side
-_HUE_STEP = 137 / 360  # as on the page: neighbours in number are far apart in colour
+_LIGHTNESS, _SATURATION = 0.55, 0.9  # as on the page
 
 
 def draw_patches(view: DocumentView, path: str | os.PathLike[str], *, title: str) -> Path:
@@ -35,28 +35,26 @@ def draw_patches(view: DocumentView, path: str | os.PathLike[str], *, title: str
     image, first, columns = imread(io.BytesIO(view.picture.png)), view.picture.first, view.picture.columns
     figure, panels = empty_panels(title, len(view.layers) + 1, _PANELS)
     names = ["input", *(f"layer {layer}" for layer in view.layers)]
-    groups = [list(range(len(view.words))), *view.carriers]
-    for axes, name, alive, carriers in zip(panels, names, view.alive(), groups, strict=True):
+    states = zip([list(range(len(view.words))), *view.carriers], [{}, *view.colours()], strict=True)
+    for axes, name, alive, (carriers, colours) in zip(panels, names, view.alive(), states, strict=True):
         patches = carriers[first:]
         rows = len(patches) // columns
         axes.imshow(image, extent=(0, columns, rows, 0), interpolation="nearest")
         axes.set_title(f"{name}: {alive} tokens", loc="left", fontsize=9)
         axes.set_axis_off()
-        _draw_groups(axes, patches, columns)
+        _draw_groups(axes, patches, columns, colours)
     return write_atomically(path, as_png(figure))
 
 
-def _draw_groups(axes: Axes, patches: list[int], columns: int) -> None:
+def _draw_groups(axes: Axes, patches: list[int], columns: int, colours: Mapping[int, tuple[float, int]]) -> None:
     from matplotlib.collections import LineCollection, PatchCollection
-    from matplotlib.colors import hsv_to_rgb
     from matplotlib.patches import Rectangle
 
     gone = [Rectangle((i % columns, i // columns), 1, 1) for i, carrier in enumerate(patches) if carrier < 0]
     axes.add_collection(PatchCollection(gone, facecolor="black", alpha=0.72, linewidth=0))
-    members = Counter(carrier for carrier in patches if carrier >= 0)
-    for carrier in (carrier for carrier, count in members.items() if count > 1):
+    for carrier, (hue, shade) in colours.items():
         own = {(i // columns, i % columns) for i, each in enumerate(patches) if each == carrier}
-        colour = hsv_to_rgb((carrier * _HUE_STEP % 1, 0.9, 1.0))
+        colour = colorsys.hls_to_rgb(hue / 360, _LIGHTNESS + shade / 100, _SATURATION)
         axes.add_collection(LineCollection(list(_outline(own)), colors=[colour], linewidths=2))
 
 

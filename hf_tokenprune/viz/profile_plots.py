@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
     from ..profiling.report import Report
 
-COLOURS = {"baseline": SOFT, "padded": SOFT, "stock": SOFT, "unpadded": "#57606a", "pruned": ACCENT}
+# Of any other name matplotlib chooses.
+COLOURS = {
+    "baseline": SOFT,
+    "padded": SOFT,
+    "stock": SOFT,
+    "unpruned": SOFT,
+    "unpadded": "#57606a",
+    "pruned": ACCENT,
+}
 
 
 def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
@@ -53,7 +61,7 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def draw_tokens(alive: Mapping[str, Sequence[float]], path: str | os.PathLike[str], *, title: str) -> Path:
-    """Draws how many tokens leave each layer, for models by name ("unpruned", "pruned")."""
+    """Draws how many tokens leave each layer, for models by name: "unpruned", "pruned", or any other."""
     return _picture(Path(path), title, "layer", "mean tokens", _bars(alive))
 
 
@@ -76,7 +84,7 @@ def _bars(rows: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
         width, groups = 0.8 / len(rows), len(next(iter(rows.values())))
         for index, (name, values) in enumerate(rows.items()):
             places = [group - 0.4 + (index + 0.5) * width for group in range(groups)]
-            axes.bar(places, values, width, label=name, color=COLOURS[name])
+            axes.bar(places, values, width, label=name, color=COLOURS.get(name))
         axes.set_xticks(range(groups))
 
     return draw
@@ -91,7 +99,7 @@ def _lines(rows: Mapping[str, Sequence[tuple[float, float]]]) -> Callable[[Axes]
 
     def draw(axes: Axes) -> None:
         for name, points in rows.items():
-            axes.plot(*zip(*points), marker="o", label=name, color=COLOURS[name])
+            axes.plot(*zip(*points), marker="o", label=name, color=COLOURS.get(name))
         axes.set_xscale("log", base=2)
         axes.set_xticks([size for size, _ in points], [str(size) for size, _ in points])
         heights = [height for points in rows.values() for _, height in points]

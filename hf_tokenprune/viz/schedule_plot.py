@@ -46,9 +46,9 @@ def schedule_picture(
         ImportError: matplotlib is missing.
         ValueError: a site beyond the model's layers.
     """
-    values = pruning.resolve(layers).values
+    pruning = pruning.resolve(layers)
     figure = _draw(pruning, layers, title, mac_ratio)
-    return write_atomically(path, as_png(figure, {"values": values, "layers": layers, "mac_ratio": mac_ratio}))
+    return write_atomically(path, as_png(figure, {"values": pruning.values, "layers": layers, "mac_ratio": mac_ratio}))
 
 
 def _draw(pruning: PruningConfig, layers: int, title: str, mac_ratio: float) -> Figure:
