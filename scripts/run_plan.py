@@ -23,7 +23,7 @@ import shutil
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from hf_tokenprune import Calibration, PruningConfig, calibrate, plan, prune, search_schedule
 from hf_tokenprune.command_line import parse_arguments
-from hf_tokenprune.files import write_atomically
+from hf_tokenprune.files import check_writable, write_atomically
 from hf_tokenprune.modeling.pruning_config import default_layers
 from hf_tokenprune.planning.held_back import compare_held_back, run_pruned, top_k_of_same_cost
 from hf_tokenprune.profiling import count_macs
@@ -46,6 +46,15 @@ from hf_tokenprune.viz.search_plots import pareto_front
 
 
 HOW = ("plan", "calibrate", "search")
+# Arguments that only some of these look at.
+GO_WITH = {
+    "target_speedup": ("plan",),
+    "target_latency": ("plan",),
+    "layers": ("plan", "calibrate"),
+    "saliency": ("calibrate",),
+    "relative_to": ("calibrate",),
+    "prior_share": ("calibrate",),
+}
 MISSED = 0.9  # of the promised speed-up: less than this is said
 
 
@@ -75,6 +84,10 @@ class PlanArguments(ProfileArguments):
         super().__post_init__()
         if self.how not in HOW:
             raise ValueError(f"how ({self.how!r}) must be one of {', '.join(HOW)}")
+        for each in fields(self):
+            value, hows = getattr(self, each.name), GO_WITH.get(each.name, HOW)
+            if self.how not in hows and value != each.default:
+                raise ValueError(f"{each.name} ({value!r}) goes with how {' and '.join(hows)} alone, not {self.how}")
         if self.how != "plan" and self.target_macs is None:
             raise ValueError(f"target_macs (None) must be given to {self.how}")
         if self.held_back < 0 or (self.held_back and (self.dataset_name is None or self.target_macs is None)):
@@ -204,18 +217,7 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
     return asdict(search) | {"pruning": chosen.pruning, "front": front}, words, model
 
 
-def main() -> None:
-    try:
-        (arguments,) = parse_arguments(PlanArguments)
-        subject = load_subject(arguments, accelerator_on(arguments.device).device)
-        if arguments.held_back:
-            labelled(subject, arguments.batch_size)  # or an error, before anything is looked for
-        found, words, model = run(arguments, subject)
-        if arguments.held_back:
-            found["held_back"] = held_back(model, subject, found, arguments)
-            words += f" On inputs that it was not found on:\n{table(found['held_back'])}\n"
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+def write(found: dict[str, Any], words: str, subject: Subject, arguments: PlanArguments) -> None:
     if arguments.how != "calibrate" or not arguments.prior_share:
         remove_earlier_model(arguments)
     folder = Path(arguments.output_dir)
@@ -225,7 +227,23 @@ def main() -> None:
     write_atomically(
         folder / "pruning.json", json.dumps(found["pruning"] or PruningConfig().to_dict(), indent=1).encode()
     )
-    print(f"{words} Everything is in {folder}.")
+
+
+def main() -> None:
+    try:
+        (arguments,) = parse_arguments(PlanArguments)
+        check_writable(arguments.output_dir)
+        subject = load_subject(arguments, accelerator_on(arguments.device).device)
+        if arguments.held_back:
+            labelled(subject, arguments.batch_size)  # or an error, before anything is looked for
+        found, words, model = run(arguments, subject)
+        if arguments.held_back:
+            found["held_back"] = held_back(model, subject, found, arguments)
+            words += f" On inputs that it was not found on:\n{table(found['held_back'])}\n"
+        write(found, words, subject, arguments)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    print(f"{words} Everything is in {arguments.output_dir}.")
 
 
 if __name__ == "__main__":

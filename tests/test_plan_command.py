@@ -147,6 +147,34 @@ def test_where_nothing_is_to_be_pruned(run, tmp_path):
 MISTAKES = {
     "target": (["--how", "search"], "target_macs (None) must be given to search"),
     "device": (["--target_macs", "0.5", "--device", "fridge"], "device ('fridge') must be cpu or cuda"),
+    "clock of calibrate": (
+        ["--how", "calibrate", "--target_macs", "0.5", "--target_speedup", "1.5"],
+        "target_speedup (1.5) goes with how plan alone, not calibrate",
+    ),
+    "clock of search": (
+        ["--how", "search", "--target_latency", "0.5"],
+        "target_latency (0.5) goes with how plan alone, not search",
+    ),
+    "layers of search": (
+        ["--how", "search", "--target_macs", "0.5", "--layers", "1", "2"],
+        "layers ([1, 2]) goes with how plan and calibrate alone, not search",
+    ),
+    "score of plan": (
+        ["--target_macs", "0.5", "--saliency", "cls_value_norm"],
+        "saliency ('cls_value_norm') goes with how calibrate alone, not plan",
+    ),
+    "relative plan": (
+        ["--target_macs", "0.5", "--relative_to", "total"],
+        "relative_to ('total') goes with how calibrate alone, not plan",
+    ),
+    "prior of plan": (
+        ["--target_macs", "0.5", "--prior_share", "0.2"],
+        "prior_share (0.2) goes with how calibrate alone, not plan",
+    ),
+    "prior of search": (
+        ["--how", "search", "--target_macs", "0.5", "--prior_share", "0.2"],
+        "prior_share (0.2) goes with how calibrate alone, not search",
+    ),
     "no CUDA": (["--target_macs", "0.5", "--device", "cuda"], "device ('cuda') must be there, and torch finds no"),
 }
 
@@ -159,6 +187,36 @@ def test_mistakes_are_one_sentence(run, tmp_path, monkeypatch, mistake):
         run(*more)
     assert error.value.code.startswith(f"ValueError: {words}") and "\n" not in error.value.code
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_cannot_be_is_said_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_tokenprune.profiling.subject.load_subject", None)  # never come to
+    (tmp_path / "file").touch()
+    for output in ("file", "file/folder"):
+        with pytest.raises(SystemExit) as error:
+            run("--target_macs", "0.6", "--output_dir", str(tmp_path / output))
+        assert str(tmp_path / output) in error.value.code and "\n" not in error.value.code
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(run, monkeypatch):
+    def write_atomically(path: Path, _: bytes) -> None:
+        raise OSError(f"no space left for {path.name}")
+
+    monkeypatch.setattr("hf_tokenprune.files.write_atomically", write_atomically)
+    with pytest.raises(SystemExit) as error:
+        run("--target_macs", "0.6", "--max_inputs", "6")
+    assert error.value.code == "OSError: no space left for plan.json"
+
+
+def test_another_search_in_the_same_folder_is_told_what_to_do(run, tmp_path):
+    run("--how", "search", "--target_macs", "1.0", "--max_inputs", "6")
+    with pytest.raises(SystemExit) as error:
+        run("--how", "search", "--target_macs", "1.0", "--max_inputs", "8")
+    file = tmp_path / "points.json"
+    assert error.value.code.startswith(f"ValueError: resume_from ({file}) must be of a search with the same model")
+    assert error.value.code.endswith("remove the file or take another (of run_plan.py: another output_dir)")
+    file.unlink()
+    run("--how", "search", "--target_macs", "1.0", "--max_inputs", "8")
 
 
 def test_data_without_rows_are_one_sentence(run, tmp_path):

@@ -2,13 +2,14 @@
 
 import copy
 import importlib
+import shutil
 
 import pytest
 import torch
 from tiny import BASES, BERT, HEADS, Case, build, image_inputs, inputs_for, text_inputs
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetModel
 
-from hf_tokenprune import calibrate, count_macs, plan, prune
+from hf_tokenprune import calibrate, count_macs, plan, prune, search_schedule
 from hf_tokenprune.planning import LatencyCurve, latency_curve, measure_curve
 from hf_tokenprune.profiling import Timing, speedup, time_interleaved
 
@@ -336,3 +337,52 @@ def test_a_curve_is_of_one_way_to_attend(clock):
     for attention in ("sdpa", "eager", "sdpa"):
         plan(build(TEXT, attention=attention), _long(TEXT), target_speedup=1.3)
     assert len(measured) == 2
+
+
+def test_a_curve_is_of_one_version_of_the_engine(monkeypatch, clock, tmp_path):
+    measured = clock(lambda rate: 0.4 + 1.6 * rate)
+    other = shutil.copytree(latency_curve.ENGINE, tmp_path / "modeling")
+    with (other / "saliency.py").open("a") as file:
+        file.write("# another\n")
+    for engine in (latency_curve.ENGINE, other, latency_curve.ENGINE):
+        monkeypatch.setattr(latency_curve, "ENGINE", engine)
+        plan(build(TEXT), _long(TEXT), target_speedup=1.3)
+    assert len(measured) == 2
+
+
+def test_a_curve_that_cannot_be_kept_is_used(monkeypatch, clock, tmp_path, caplog):
+    measured = clock(lambda rate: 0.4 + 1.6 * rate)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path / "file" / "cache"))
+    for times in (1, 2):
+        assert plan(build(TEXT), _long(TEXT), target_speedup=1.5).speedup == 1.5 and len(measured) == times
+    (said,) = [record.message for record in caplog.records if "cannot be written" in record.message]
+    assert str(tmp_path / "file" / "cache" / "latency") in said
+
+
+UNSUPPORTED = {
+    "linear": lambda: torch.nn.Linear(2, 2),
+    "no layers": lambda: ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_families_that_are_not_supported(name):
+    model, inputs = UNSUPPORTED[name](), _long(TEXT)
+    labelled = [inputs | {"labels": torch.zeros(3).long()}]
+    calls = [
+        lambda: plan(model, inputs, target_macs=0.5),
+        lambda: calibrate(model, [inputs], target_macs=0.5),
+        lambda: search_schedule(model, labelled, target_macs=0.5, metric=lambda *_: 0.0),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"cannot be pruned; supported: BertModel, "):
+            call()
+
+
+def test_one_batch_in_place_of_several():
+    inputs, words = _long(TEXT), r"batches \(dict of input_ids, attention_mask.*\) must be several batches: \[batch\]"
+    with pytest.raises(TypeError, match=words):
+        calibrate(build(TEXT), inputs, target_macs=0.5)
+    with pytest.raises(TypeError, match=words):
+        search_schedule(build(TEXT), inputs | {"labels": torch.zeros(3).long()}, target_macs=0.5)

@@ -1,6 +1,8 @@
 """Batch prediction: what comes out, that no row is lost or doubled, and that mistakes end with one sentence."""
 
+import datetime
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +213,51 @@ def test_changed_arguments_are_refused(room, reference, tmp_path, changes, words
     assert words in error.value.code and "\n" not in error.value.code
 
 
+SETTINGS = {
+    "labels": ("config.json", {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}),
+    "activation": ("config.json", {"problem_type": "multi_label_classification"}),
+    "length": ("tokenizer_config.json", {"model_max_length": 20}),
+    "side": ("tokenizer_config.json", {"truncation_side": "left"}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_model_whose_settings_have_changed_is_another(room, tmp_path, setting):
+    shutil.copytree(room / "model", tmp_path / "model")
+    arguments = wish(room, tmp_path / "out", model_name_or_path=str(tmp_path / "model"), max_rows=9)
+    predict_dataset(arguments)
+    name, fields = SETTINGS[setting]
+    path = tmp_path / "model" / name
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps(held | {"transformers_version": "5.99.0"}))  # as saved by another release
+    assert predict_dataset(arguments)["this_run"]["rows"] == 0
+    path.write_text(json.dumps(held | fields))
+    with pytest.raises(SystemExit, match=r"a run with model .*, sha256 .*, now .* is asked for"):
+        predict_dataset(arguments)
+
+
+LEARNED = {
+    "dynamicvit": {"preset": "dynamicvit", "layers": [1, 2], "base_rate": 0.7},
+    "adaptive": {"preset": "adaptive", "layers": [1, 2], "threshold": 0.3, "saliency": "learned"},
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_predictors_must_be_trained(room, tmp_path, name):
+    changes = {"pruning": json.dumps(LEARNED[name]), "max_rows": 9}
+    words = r"pruning \(.*\) must find a trained predictor at each site .*: the checkpoint has none in layer "
+    with pytest.raises(SystemExit, match=words + "1"):
+        predict_dataset(wish(room, tmp_path / "native", **changes))
+    native = BertForSequenceClassification.from_pretrained(room / "model")
+    prune(native, LEARNED[name] | {"layers": [1]}).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    changes["model_name_or_path"] = str(tmp_path / "model")
+    with pytest.raises(SystemExit, match=words + "2"):
+        predict_dataset(wish(room, tmp_path / "fewer", **changes))
+    changes["pruning"] = json.dumps(LEARNED[name] | {"layers": [1]})
+    assert predict_dataset(wish(room, tmp_path / "trained", **changes))["rows"] == 9
+
+
 def test_changed_data_is_refused(room, tmp_path):
     rows = [{"text": f"w{row % 40 + 4}"} for row in range(40)]
     write_jsonl(tmp_path / "data.jsonl", rows)
@@ -315,6 +362,55 @@ def test_a_type_that_only_later_blocks_have(room, tmp_path):
     (tmp_path / "1.jsonl").write_text('{"text": "w5"}\n{"text": ')
     with pytest.raises(SystemExit, match="the data cannot be read on"):
         predict_dataset(wish(room, tmp_path / "out2", data_files=files, id_column=None, keep_columns=None))
+
+
+DAY = datetime.date(2020, 1, 2)
+NOON = datetime.datetime(2020, 1, 2, 12)
+DATES = {
+    "timestamp": (pa.timestamp("s"), NOON),
+    "time": (pa.time32("s"), datetime.time(12)),
+    "date": (pa.date32(), DAY),
+    "date64": (pa.date64(), DAY),
+    "list": (pa.list_(pa.timestamp("s")), [NOON, None]),
+    "struct": (pa.struct({"at": pa.time32("s")}), {"at": datetime.time(12)}),
+    "numbers": (pa.list_(pa.int32()), [1, 2]),
+}
+
+
+def test_types_that_parquet_has_not_are_gone_on_with(room, tmp_path):
+    dates = {name: pa.array([value] * 3, kind) for name, (kind, value) in DATES.items()}
+    table = pa.table({"text": ["w4", "w5", "w6"]} | dates)
+    with pa.ipc.new_stream(tmp_path / "data.arrow", table.schema) as stream:
+        stream.write_table(table)
+    changes = {"id_column": None, "keep_columns": list(DATES), "rows_per_shard": 2}
+    arguments = wish(room, tmp_path / "out", data_files=[str(tmp_path / "data.arrow")], **changes)
+    assert predict_dataset(arguments)["shards"] == 2
+    data = result(tmp_path / "out")
+    for name, (_, value) in DATES.items():
+        assert data[name][:] == [value] * 3, name
+    assert predict_dataset(arguments)["this_run"]["rows"] == 0
+
+
+def test_dates_in_json_are_gone_on_with(room, tmp_path):
+    write_jsonl(tmp_path / "data.jsonl", [{"text": "w4", "on": "2020-01-02"}] * 3)
+    changes = {"data_files": [str(tmp_path / "data.jsonl")], "id_column": "on", "keep_columns": None}
+    predict_dataset(wish(room, tmp_path / "out", **changes))
+    assert predict_dataset(wish(room, tmp_path / "out", **changes))["this_run"]["rows"] == 0
+    assert result(tmp_path / "out")["on"][:] == [datetime.datetime(2020, 1, 2)] * 3
+
+
+@pytest.mark.parametrize("size", [ROWS, ROWS // 2, SIZE])
+def test_datasets_reads_the_folder_however_many_shards_it_has(room, tmp_path, size):
+    predict_dataset(wish(room, tmp_path / "out", rows_per_shard=size))
+    assert len(list((tmp_path / "out").glob("part-*"))) == -(-ROWS // size)
+    data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+    assert data["row"][:] == list(range(ROWS)) and data.column_names[0] == "row"
+
+
+def test_a_card_of_its_user_stays(room, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    predict_dataset(wish(room, tmp_path, max_rows=2))
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def late(tmp_path: Path, first: list[str], then: list[str]) -> Path:

@@ -123,6 +123,12 @@ def test_an_interrupted_search_goes_on_where_it_was(found, evaluations, tmp_path
     assert search_schedule(MODEL, labelled_batches(), resume_from=mine, **GIVEN) == whole and not evaluations
 
 
+def test_batches_may_come_one_by_one(found, evaluations):
+    whole, path = found
+    again = search_schedule(MODEL, (batch for batch in labelled_batches()), resume_from=path, **GIVEN)
+    assert again == whole and not evaluations
+
+
 def other(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return 1.0 - accuracy(logits, labels)
 

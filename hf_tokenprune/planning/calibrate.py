@@ -19,7 +19,7 @@ from ..modeling.token_outputs import EncoderCall
 from ..profiling.macs import count_call, evaluating
 from ..training.budget import HIGHEST, thresholds_for_budget
 from ..training.token_prior import TINY, fit_token_prior
-from .held_back import Batches, sample
+from .held_back import Batches, all_batches, sample
 
 
 CLOSE = 0.02  # of the MAC ratio: as far as a target may be missed where scores tie or tokens are few
@@ -77,11 +77,13 @@ def calibrate(
         common: `protected_token_ids`, `min_tokens`, `execution`.
 
     Raises:
+        TypeError: a model of an unsupported family, listing the supported ones, or one batch in place of several.
         ValueError: a target outside (0, 1], a share outside [0, 1), or no inputs.
     """
     if isinstance(target_macs, bool) or not isinstance(target_macs, int | float) or not 0 < target_macs <= 1:
         raise ValueError(f"target_macs ({target_macs!r}) must be in (0, 1]")
-    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    prune(model, None)  # or an error, before a config of a family that is not supported is asked for anything
+    batches = [{k: value for k, value in batch.items() if k != "labels"} for batch in all_batches(batches)]
     if not batches:
         raise ValueError("batches (0) must hold at least one batch of inputs")
     if layers is None:  # the first layer's site may be the prior's

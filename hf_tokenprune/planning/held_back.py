@@ -1,6 +1,6 @@
 """What a pruning that was found does on inputs that it was not found on, beside others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,17 @@ from .plan import closest_rate
 Batches = Sequence[Mapping[str, Any]]
 
 SAMPLE = 64  # inputs on which keep rates are found
+
+
+def all_batches(batches: Iterable[Mapping[str, Any]]) -> Batches:
+    """The batches, to be gone through more than once.
+
+    Raises:
+        TypeError: a batch in place of several.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches ({type(batches).__name__} of {', '.join(batches)}) must be several batches: [batch]")
+    return list(batches)
 
 
 def sample(batches: Batches, inputs: int = SAMPLE) -> Batches:

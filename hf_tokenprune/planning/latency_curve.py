@@ -5,11 +5,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..convert import prune
 from ..families import native_to_pruned
@@ -21,6 +24,9 @@ from ..profiling.machine import describe_machine
 from ..profiling.macs import evaluating
 
 
+logger = logging.get_logger(__name__)
+
+ENGINE = Path(__file__).parents[1] / "modeling"  # a curve is of this code, too
 RATES = (0.9, 0.75, 0.6, 0.45, 0.3, 0.15)
 STEADY = 0.9  # of the speed-up at a higher rate: what a lower one comes to at least, unless the clock is wrong
 
@@ -97,11 +103,20 @@ def measure_curve(
         for one in (model, *models.values()):
             modes.enter_context(evaluating(one))
         for _ in range(2):
-            curve = _curve(time_interleaved(calls, rounds=rounds, warmup=2, progress=progress))
+            curve = _curve(time_interleaved(calls, rounds=rounds, warmup=2, progress=progress, device=model.device))
             if curve.steady:
-                write_atomically(path, json.dumps(asdict(curve), indent=1).encode())
+                _keep(curve, path)
                 break
     return curve
+
+
+def _keep(curve: LatencyCurve, path: Path) -> None:
+    try:
+        write_atomically(path, json.dumps(asdict(curve), indent=1).encode())
+    except OSError as error:
+        logger.warning_once(
+            f"{path.parent} ({error.strerror or error}) cannot be written: curves are measured again next time"
+        )
 
 
 def _curve(timings: Mapping[Any, Timing]) -> LatencyCurve:
@@ -127,5 +142,12 @@ def _key(model: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequence[int
     parts = [(name, type(module).__name__) for name, module in model.named_modules()]
     weights = [(name, list(weight.shape)) for name, weight in model.named_parameters()]
     kernel, machine = [str(model.dtype), model.config._attn_implementation], describe_machine(model.device)
-    key = [type(model).__name__, config, parts, weights, shapes, lengths, list(layers), common, kernel, machine, RATES]
+    shape = [type(model).__name__, config, parts, weights, shapes, lengths]
+    key = [shape, list(layers), common, kernel, machine, RATES, _digest_of_code(ENGINE)]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@cache
+def _digest_of_code(folder: Path) -> str:
+    files = [path.name.encode() + path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(files)).hexdigest()

@@ -78,6 +78,7 @@ def plan(
         raise ValueError(f"{name} ({value!r}) must be a number above 0")
     if name == "target_macs" and value > 1:
         raise ValueError(f"target_macs ({value!r}) must be in (0, 1]")
+    prune(model, None)  # or an error, before a config of a family that is not supported is asked for anything
     planner = _Planner(model, inputs, common, layers)
     return planner.for_macs(value) if name == "target_macs" else planner.for_time(name, value)
 

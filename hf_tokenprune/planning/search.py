@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -14,9 +14,10 @@ import torch
 from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
+from ..convert import prune
 from ..files import write_atomically
 from ..modeling.pruning_config import PruningConfig, default_layers
-from .held_back import Batches, check_classifier, run_pruned, sample
+from .held_back import Batches, all_batches, check_classifier, run_pruned, sample
 
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
@@ -76,7 +77,7 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def search_schedule(
     model: PreTrainedModel,
-    batches: Batches,
+    batches: Iterable[Mapping[str, Any]],
     *,
     target_macs: float,
     metric: Metric = accuracy,
@@ -99,13 +100,15 @@ def search_schedule(
         common: `protected_token_ids`, `min_tokens`, `execution`.
 
     Raises:
-        TypeError: a model without logits.
+        TypeError: a model of an unsupported family or without logits, or one batch in place of several.
         ValueError: a target outside (0, 1] or out of reach of all schedules, batches without labels, none at all,
             logits or labels that accuracy is not defined on, a file of another search, or one together with a metric
             that has no name of its own (lambdas, local functions, bound methods and other objects).
     """
     if isinstance(target_macs, bool) or not isinstance(target_macs, int | float) or not 0 < target_macs <= 1:
         raise ValueError(f"target_macs ({target_macs!r}) must be in (0, 1]")
+    prune(model, None)  # or an error, before a config of a family that is not supported is asked for anything
+    batches = all_batches(batches)
     if not batches or any("labels" not in batch for batch in batches):
         raise ValueError(f"batches ({len(batches)}) must be at least one, each with labels")
     if metric is accuracy:
@@ -175,7 +178,8 @@ class _Searcher:
             stored = json.loads(path.read_text())
             if stored.get("of") != self.key:
                 rule = "must be of a search with the same model, inputs, metric and options, and is of another"
-                raise ValueError(f"resume_from ({path}) {rule}")
+                mend = "remove the file or take another (of run_plan.py: another output_dir)"
+                raise ValueError(f"resume_from ({path}) {rule}: {mend}")
             self.known = {json.dumps(point["pruning"]): Point(**point) for point in stored["points"]}
             self.rates = stored["rates"]
 

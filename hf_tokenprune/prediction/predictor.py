@@ -36,6 +36,10 @@ from .inputs import Encoded, ImageEncoder, TextEncoder, token_batches
 from .rows import Rows
 
 
+# Fields of a model's config that its results do not depend on, or that are told apart otherwise.
+_NO_RESULTS = ("architectures", "auto_map", "pruning", "transformers_version")
+
+
 @dataclass(frozen=True)
 class Predictor:
     """What turns values of the data into columns of results.
@@ -104,7 +108,7 @@ def load_predictor(arguments: PredictionArguments, rows: Rows, device: torch.dev
 
 
 def describe_model(predictor: Predictor, arguments: PredictionArguments) -> dict[str, Any]:
-    """What decides the results of a model: its name and content, and the pruning."""
+    """What decides the results of a model: its name and content, that of what makes its inputs, and the pruning."""
     hasher = hashlib.sha256()
     for key, value in sorted(predictor.model.state_dict().items()):
         if arguments.task == "predict" or "pooler" not in key:  # not read by embed, and random where there is none
@@ -113,8 +117,14 @@ def describe_model(predictor: Predictor, arguments: PredictionArguments) -> dict
         tokenizer = predictor.encode.tokenizer
         content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab()))
         hasher.update(content.encode())
+        # Not in the content: they are settings of the class around it.
+        cut = [predictor.encode.max_length, tokenizer.truncation_side, list(tokenizer.model_input_names)]
+        hasher.update(json.dumps(cut).encode())
     else:
         hasher.update(json.dumps(predictor.encode.processor.to_dict(), sort_keys=True, default=str).encode())
+    # What differs from the class's defaults: a later release may have more fields.
+    config = {k: v for k, v in predictor.model.config.to_diff_dict().items() if k[0] != "_" and k not in _NO_RESULTS}
+    hasher.update(json.dumps(config, sort_keys=True, default=str).encode())
     pruning = getattr(predictor.model.config, "pruning", None)
     return {
         "model": f"{arguments.model_name_or_path}, sha256 {hasher.hexdigest()[:16]}",
@@ -137,12 +147,19 @@ def _load_model(path: Any, arguments: PredictionArguments, *, images: bool, **sh
 
 
 def _pruned(model: PreTrainedModel, text: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    model = model if hasattr(model, "set_pruning") else prune(model, None)
     if text is None:
-        return model if hasattr(model, "set_pruning") else prune(model, None)
-    wish = None if text == "none" else written_pruning(text, tokenizer)
-    if not hasattr(model, "set_pruning"):
-        return prune(model, wish)
-    model.set_pruning(wish)
+        return model
+    layers = model.base_model.token_layers()
+    trained = [index for index, layer in enumerate(layers) if layer.predictor is not None]
+    model.set_pruning(None if text == "none" else written_pruning(text, tokenizer))
+    pruning = model.config.pruning
+    for index, site in [] if pruning is None else sorted(pruning.sites.items()):
+        if site.saliency == "learned" and index not in trained:
+            raise ValueError(
+                f"pruning ({text}) must find a trained predictor at each site that scores by 'learned': the checkpoint "
+                f"has none in layer {index}"
+            )
     return model
 
 

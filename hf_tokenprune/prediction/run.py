@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
 
+from ..files import check_writable
 from ..packaged import PackagedFileError
 from ..profiling.machine import describe_machine
 from .arguments import DECISIVE, PredictionArguments, PredictionError, one_line
@@ -28,9 +29,9 @@ from .rows import Rows, check_values, copied_columns, digest, open_rows
 from .shards import (
     ShardInfo,
     check_complete,
-    check_writable,
     read_shards,
     start_run,
+    stored_schema,
     write_shard,
     write_summary,
 )
@@ -124,7 +125,7 @@ def prepare(arguments: PredictionArguments, state: PartialState) -> Job:
     results = {"row": datasets.Value("int64"), **predictor.features}
     copied = {name: f"input_{name}" if name in results else name for name in copied_columns(arguments)}
     features = {"row": results.pop("row"), **{new: rows.features[old] for old, new in copied.items()}, **results}
-    schema = datasets.Features(features).arrow_schema
+    schema = stored_schema(datasets.Features(features).arrow_schema)
     if len(features) != 1 + len(copied) + len(results):
         raise ValueError(f"the columns of the output ({[*copied.values(), *results]}) must have different names")
     return Job(arguments, folder, rows, predictor, copied, schema, state)

@@ -1,11 +1,11 @@
-"""The folder of a run: `part-000012.parquet` for the rows 12 n to 13 n - 1, and `run.json` with what was asked for.
+"""The folder of a run: `part-000012.parquet` for the rows 12 n to 13 n - 1, `run.json` with what was asked for, and a
+`README.md` that tells `datasets` which of the files are the data.
 
 A shard appears whole, by one rename, or not at all; so what is there is done. Each tells in its metadata where in the
 data it came from, how many tokens it had and how long it took.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from .arguments import PredictionError, one_line
 
 _METADATA = b"hf_tokenprune"
 _PATTERN = "part-*.parquet"
+# Without it, datasets takes the folder for the kind that most of its files are: with one shard, JSON.
+_CARD = f"---\nconfigs:\n- config_name: default\n  data_files: {_PATTERN}\n---\n"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,18 @@ def shard_path(folder: Path, number: int) -> Path:
 def write_shard(folder: Path, number: int, table: pa.Table, info: ShardInfo) -> None:
     """Writes a shard in one step."""
     metadata = {**(table.schema.metadata or {}), _METADATA: json.dumps(asdict(info)).encode()}
+    write_atomically(shard_path(folder, number), _parquet(table.replace_schema_metadata(metadata)))
+
+
+def _parquet(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(metadata), sink)
-    write_atomically(shard_path(folder, number), sink.getvalue())
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def stored_schema(schema: pa.Schema) -> pa.Schema:
+    """The types that come back from a file: Parquet has not all of Arrow's, such as times in seconds."""
+    return pq.read_schema(pa.BufferReader(_parquet(schema.empty_table())))
 
 
 def read_shards(folder: Path, schema: pa.Schema, size: int) -> tuple[dict[int, ShardInfo], list[str]]:
@@ -108,6 +119,7 @@ def start_run(folder: Path, asked: dict[str, Any]) -> bool:
         if next(folder.glob(_PATTERN), None) is not None:
             raise ValueError(f"output_dir ({folder}) has shards but no run.json; take another output_dir")
         write_atomically(path, json.dumps(asked, indent=2).encode())
+        _write_card(folder)
         return False
     found, asked = json.loads(path.read_text()), json.loads(json.dumps(asked))
     for name in [*asked, *found]:
@@ -116,15 +128,16 @@ def start_run(folder: Path, asked: dict[str, Any]) -> bool:
                 f"output_dir ({folder}) holds a run with {name} {json.dumps(found.get(name))}, now "
                 f"{json.dumps(asked.get(name))} is asked for: go on with the same, or take another output_dir"
             )
+    _write_card(folder)
     return True
+
+
+def _write_card(folder: Path) -> None:
+    """Writes `README.md`, unless there is one: its user may have described the data in it."""
+    card = folder / "README.md"
+    if not card.exists():
+        write_atomically(card, _CARD.encode())
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
-
-
-def check_writable(folder: Path) -> None:
-    """Raises OSError before any work is done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_dir ({folder}) must be a folder that can be written to")
