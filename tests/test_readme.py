@@ -134,10 +134,12 @@ def place(tmp_path_factory) -> Path:
         tiny.tokenizer().save_pretrained(folder / name)
     evidence = json.loads((ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json").read_text())
     trained = folder / "outputs" / "religion" / "seed-0" / "pruned" / "model"
-    own = prune(model, evidence["prunings"][0])
+    shallow = BertForSequenceClassification(config.__class__(**config.to_dict() | {"num_hidden_layers": 6}))
+    own = prune(shallow, evidence["prunings"][0])
     own.base_model.set_token_prior([1.0] * model.config.vocab_size)
     own.save_pretrained(trained)
     tiny.tokenizer().save_pretrained(trained)
+    evidence["recipe"]["baseline"] |= SHORT_RECIPE
     evidence["weights"] = [weights_digest(trained)] * len(evidence["seeds"])
     (folder / "outputs" / "religion" / "comparison.json").write_text(json.dumps(evidence))
     rows = [{"id": i, "text": "w20 w9 " * (3 + i % 9), "label": "abc"[i % 3]} for i in range(24)]
