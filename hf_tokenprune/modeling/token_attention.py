@@ -205,9 +205,8 @@ def _varlen(
         query = query if math.isclose(scaling, 1.0) else query * scaling
         context = varlen_attn(query, key, value, *sizes)
     else:  # what it calls: its wrappers take the host longer than all else in a small layer
-        context = torch.ops.aten._flash_attention_forward(query, key, value, *sizes, 0.0, False, False, scale=scaling)[
-            0
-        ]
+        forward = torch.ops.aten._flash_attention_forward
+        context, *_ = forward(query, key, value, *sizes, 0.0, False, False, scale=scaling)
     return context.flatten(1)[None]
 
 
