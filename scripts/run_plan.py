@@ -211,6 +211,8 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
     pareto_front(search, Path(arguments.output_dir) / "front.png", title=Path(arguments.model_name_or_path).name)
     chosen = search.chosen
     words = f"The best of {len(search.points)} points: {chosen.score:.4f} at {chosen.macs:.3f} of the MACs."
+    if not search.met:
+        words = f"{arguments.target_macs:.3f} of the MACs cannot be met within 0.01; of the closest: {words}"
     if chosen.pruning is None:
         words = f"With nothing pruned it costs {chosen.macs:.3f} of the MACs already."
     front = [asdict(point) for point in search.front]

@@ -48,7 +48,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, Path]:
 def test_the_best_at_the_target_is_chosen(found):
     search, _ = found
     assert search.points[0].pruning is None and search.points[0].score == 1.0 and search.points[0].divergence == 0.0
-    at_target = [point for point in search.points[1:] if abs(point.macs - 0.5) < 0.03]
+    assert search.met and abs(search.chosen.macs - 0.5) <= 0.01
+    at_target = [point for point in search.points[1:] if abs(point.macs - 0.5) <= 0.01]
     assert search.chosen in at_target and len(at_target) > 8
     assert search.chosen.score == max(point.score for point in at_target)
     model = prune(MODEL, search.pruning)
@@ -60,6 +61,14 @@ def test_the_best_at_the_target_is_chosen(found):
     prunings = [json.dumps(point.pruning) for point in search.points]
     assert len(set(prunings)) == len(prunings), "each once"
     assert not any(p.macs <= f.macs and p.score > f.score for f in front for p in search.points)
+
+
+def test_the_closest_is_chosen_where_counts_are_coarse():
+    batches = [text_inputs([6] * 4, seed=seed) | {"labels": torch.tensor([0, 1, 2, 0])} for seed in range(2)]
+    search = search_schedule(MODEL, batches, target_macs=0.55, saliencies=("cls_attention",))
+    at_all = [abs(point.macs - 0.55) for point in search.points[1:]]
+    assert abs(search.chosen.macs - 0.55) <= max(0.01, min(at_all))
+    assert search.met == (min(at_all) <= 0.01)
 
 
 @pytest.mark.parametrize("size, inputs, batches", [(1, 8, 8), (4, 8, 2), (4, 64, 5), (3, 8, 3)])
@@ -218,5 +227,5 @@ def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     prunings = [prune(MODEL, {"preset": "top_k", "keep_rate": rate}).config.pruning.to_dict() for rate in (0.3, 0.6)]
     points = [Point(None, 1.0, 0.9, 0.0), Point(prunings[0], 0.4, 0.7, 0.1), Point(prunings[1], 0.5, 0.85, 0.05)]
-    path = pareto_front(Search(points[2], points), tmp_path / "front.png", title="A $ sign")
+    path = pareto_front(Search(points[2], points, met=True), tmp_path / "front.png", title="A $ sign")
     assert path.read_bytes()[:4] == b"\x89PNG"

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from ..convert import prune
 from ..modeling.pruning_config import PruningConfig, default_layers
 from ..profiling.macs import count_macs
+from ..training.budget import MISSED
 from .latency_curve import LatencyCurve, measure_curve
 
 
 WORTH_IT = 1.03  # a speed-up below this is not told from the clock's own spread
-CLOSE = 0.01  # of the MAC ratio: as far as a target may be missed where tokens are few and each of them counts
 UNSTEADY = "The clock was too unsteady to rely on: with more pruned, the model seemed clearly slower."
 NOT_TIMED = "Time on this device was not looked at: target_speedup and target_latency ask for it."
 
@@ -104,13 +104,13 @@ class _Planner:
         found = []
         for sites in self.choices:
             found.append((sites, *self._closest(sites, target)))
-            if abs(found[-1][-1] - target) <= CLOSE:
+            if abs(found[-1][-1] - target) <= MISSED:
                 break
         sites, rate, macs = min(found, key=lambda each: abs(each[-1] - target))
-        met = abs(macs - target) <= CLOSE
+        met = abs(macs - target) <= MISSED
         verdict = f"{_words(sites, rate)} costs {macs:.3f} of the MACs."
         if not met:
-            verdict = f"{target:.3f} of the MACs cannot be met within {CLOSE}; the closest: {verdict}"
+            verdict = f"{target:.3f} of the MACs cannot be met within {MISSED}; the closest: {verdict}"
         return Plan(self.top_k(sites, rate), met, macs, None, None, f"{verdict} {NOT_TIMED}")
 
     def _closest(self, sites: Sequence[int], target: float) -> tuple[int, float]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..convert import prune
 from ..files import write_atomically
 from ..modeling.pruning_config import PruningConfig, default_layers
+from ..training.budget import MISSED
 from .held_back import Batches, all_batches, check_classifier, run_pruned, sample
 
 
@@ -50,11 +51,13 @@ class Search:
 
     Args:
         chosen: the best point at the target, or the unpruned model where that costs no more. points: all that were
-            measured, once each, the unpruned model first.
+            measured, once each, the unpruned model first. met: whether what was chosen costs the target, or less where
+            it is the unpruned model; texts so short that counts are coarse may have no schedule that does.
     """
 
     chosen: Point
     points: list[Point]
+    met: bool
 
     @property
     def pruning(self) -> PruningConfig | None:
@@ -116,7 +119,7 @@ def search_schedule(
     searcher = _Searcher(model, batches, metric, common, None if resume_from is None else Path(resume_from))
     whole = searcher.measure(None)
     if whole.macs <= target_macs:
-        return Search(whole, [whole])
+        return Search(whole, [whole], met=True)
     schedules = list(_schedules(model.config.num_hidden_layers, saliencies))
     found = [searcher.at(*schedule, target_macs) for schedule in progress(schedules)]
     reached = [(point, schedule) for point, schedule in zip(found, schedules) if point is not None]
@@ -127,7 +130,9 @@ def search_schedule(
     front = [(*schedule, macs) for _, schedule in best[:BEST] for macs in FRONT]
     more = [searcher.at(*wish) for wish in progress(front)]
     points = [whole, *(point for point, _ in reached), *(point for point in more if point is not None)]
-    return Search(best[0][0], list({json.dumps(point.pruning): point for point in points}.values()))
+    off = min(abs(point.macs - target_macs) for point, _ in reached)
+    chosen = next(point for point, _ in best if abs(point.macs - target_macs) <= max(off, MISSED))
+    return Search(chosen, list({json.dumps(point.pruning): point for point in points}.values()), off <= MISSED)
 
 
 def _schedules(depth: int, saliencies: Sequence[str]) -> Iterator[tuple[list[int], str]]:

@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 
 OCTAVES = 20.0  # of thresholds, up and down
 CLOSE = 0.002
-MISSED = 0.01  # of a MAC ratio: from here on a target is said to be missed
+MISSED = 0.01  # of a MAC ratio: beyond this a target is said to be missed; where tokens are few, each of them counts
 THRESHOLDS = frozenset(OBJECTIVES["budget"].rules)  # rules whose values are these
 HIGHEST = 1e6  # of a threshold: no score reaches it
 
