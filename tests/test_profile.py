@@ -176,7 +176,8 @@ class FakeEvent:
     def __init__(self, enable_timing: bool):
         assert enable_timing
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "that of cuda:1"
         self.at = FakeEvent.now
 
     def elapsed_time(self, end: "FakeEvent") -> float:
@@ -197,8 +198,11 @@ def test_cuda_is_timed_by_its_own_events(monkeypatch):
         FakeEvent.now += 5
 
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert time_interleaved({"a": call}, rounds=3, device="cuda:0")["a"].seconds == (0.005,) * 3
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
+    assert time_interleaved({"a": call}, rounds=3, device="cuda:1")["a"].seconds == (0.005,) * 3
+    assert waited == [torch.device("cuda:1")] * 6
     assert max(time_interleaved({"a": call}, rounds=3, device="cpu")["a"].seconds) < 0.005
 
 

@@ -131,11 +131,11 @@ def _seconds(call: Callable[[], object]) -> float:
 def _seconds_on_cuda(call: Callable[[], object], device: torch.device) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.current_stream(device)
-    stream.synchronize()
+    torch.cuda.synchronize(device)
     begin.record(stream)
     call()
     end.record(stream)
-    stream.synchronize()
+    torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3  # from milliseconds
 
 
