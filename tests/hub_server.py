@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 
 TOKEN = "hf_of_the_tests"
-USER = "founder"
+USER = "someone"
 LARGE = (".safetensors", ".png", ".bin")
 NEW = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
 

@@ -111,7 +111,7 @@ def test_every_family_and_head_loads_from_the_hub_bit_for_bit(hub, tmp_path):
     cases.append(("table", named["BertForSequenceClassification"], METHODS["adaptive_prior"]))
     expected, repositories = {}, []
     for title, case, pruning in cases:
-        name = f"founder/{title}"
+        name = f"someone/{title}"
         model = prune(tiny.build(case), pruning).eval()
         if title == "table":
             model.base_model.set_token_prior(torch.rand(tiny.VOCABULARY) * 2)
@@ -153,17 +153,17 @@ RESULT["image"] = pipeline("image-classification", **given)(ARGUMENTS["image"])
 
 def test_pipelines_and_pinned_revisions(hub, tmp_path):
     then, now = bert(0), bert(1)
-    first = push(repository(tmp_path / "a", then), "founder/tiny")
-    push(repository(tmp_path / "b", now), "founder/tiny", overwrite=True)
-    push(repository(tmp_path / "c", then), "founder/tiny", revision="next", overwrite=True)
-    assert len(hub.model("founder/tiny").history) == 4
+    first = push(repository(tmp_path / "a", then), "someone/tiny")
+    push(repository(tmp_path / "b", now), "someone/tiny", overwrite=True)
+    push(repository(tmp_path / "c", then), "someone/tiny", revision="next", overwrite=True)
+    assert len(hub.model("someone/tiny").history) == 4
     seeing = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), PRUNING).eval()
     processor = ViTImageProcessorPil(size={"height": 24, "width": 24})
-    push(repository(tmp_path / "d", seeing, processor), "founder/seeing")
+    push(repository(tmp_path / "d", seeing, processor), "someone/seeing")
     image = str(tmp_path / "image.png")
     Image.effect_noise((30, 40), 90).convert("RGB").save(image)
-    asked = {"name": "founder/tiny", "texts": TEXTS, "revision": first.oid}
-    asked |= {"of_images": "founder/seeing", "image": image}
+    asked = {"name": "someone/tiny", "texts": TEXTS, "revision": first.oid}
+    asked |= {"of_images": "someone/seeing", "image": image}
     found = run_fresh(PIPELINE, tmp_path / "stranger", variables=variables(hub), **asked).result
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -177,9 +177,9 @@ def test_pipelines_and_pinned_revisions(hub, tmp_path):
 
 
 def test_the_repository_is_whole(hub, tmp_path):
-    push(repository(tmp_path / "made"), "founder/tiny", private=True)
-    files = hub.files("founder/tiny")
-    assert hub.model("founder/tiny").private and len(hub.model("founder/tiny").history) == 2
+    push(repository(tmp_path / "made"), "someone/tiny", private=True)
+    files = hub.files("someone/tiny")
+    assert hub.model("someone/tiny").private and len(hub.model("someone/tiny").history) == 2
     assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json", "README.md"} <= set(
         files
     )
@@ -192,43 +192,43 @@ def test_the_repository_is_whole(hub, tmp_path):
 def test_the_card_of_a_model_that_pushes_itself(hub, tmp_path):
     model = bert()
     model.name_or_path = "someone/bert"
-    model.push_to_hub("founder/tiny")
-    card = ModelCard(hub.files("founder/tiny")["README.md"].decode())
+    model.push_to_hub("someone/tiny")
+    card = ModelCard(hub.files("someone/tiny")["README.md"].decode())
     assert set(card.data.tags) == {"token-pruning", "hf_tokenprune"}
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-classification")
     assert card.data.base_model == "someone/bert"
     assert "More Information Needed" not in card.text and "dropped at layers 0 and 1" in card.text
     assert "| 1 | between attention and feed-forward | cls_attention | keep_rate | 0.36 | drop |" in card.text
-    assert 'AutoModelForSequenceClassification.from_pretrained("founder/tiny", trust_remote_code=True)' in card.text
-    assert len(hub.model("founder/tiny").history) == 2
+    assert 'AutoModelForSequenceClassification.from_pretrained("someone/tiny", trust_remote_code=True)' in card.text
+    assert len(hub.model("someone/tiny").history) == 2
 
     model.name_or_path = str(tmp_path)
-    model.base_model.push_to_hub("founder/base")
-    data = ModelCard(hub.files("founder/base")["README.md"].decode()).data
+    model.base_model.push_to_hub("someone/base")
+    data = ModelCard(hub.files("someone/base")["README.md"].decode()).data
     assert (data.pipeline_tag, data.base_model) == ("feature-extraction", None)
 
-    prune(tiny.build(tiny.Case(ViTModel, tiny.VIT)), "top_k").push_to_hub("founder/images")
-    assert ModelCard(hub.files("founder/images")["README.md"].decode()).data.pipeline_tag == "image-feature-extraction"
+    prune(tiny.build(tiny.Case(ViTModel, tiny.VIT)), "top_k").push_to_hub("someone/images")
+    assert ModelCard(hub.files("someone/images")["README.md"].decode()).data.pipeline_tag == "image-feature-extraction"
 
 
 def test_a_card_that_somebody_wrote_is_kept(hub):
     written = "---\nlicense: mit\ntags:\n- token-pruning\n- hf_tokenprune\n---\n\n# Mine\n\n[More Information Needed]\n"
-    bert(0).push_to_hub("founder/tiny")
-    files = hub.files("founder/tiny")
-    hub.model("founder/tiny").commit("main", files | {"README.md": written.encode()}, "a card")
-    bert(1).push_to_hub("founder/tiny")
-    assert hub.files("founder/tiny")["model.safetensors"] != files["model.safetensors"]
-    assert hub.files("founder/tiny")["README.md"].decode() == written
+    bert(0).push_to_hub("someone/tiny")
+    files = hub.files("someone/tiny")
+    hub.model("someone/tiny").commit("main", files | {"README.md": written.encode()}, "a card")
+    bert(1).push_to_hub("someone/tiny")
+    assert hub.files("someone/tiny")["model.safetensors"] != files["model.safetensors"]
+    assert hub.files("someone/tiny")["README.md"].decode() == written
 
 
 @pytest.mark.parametrize("stock", [True, False], ids=["stock", "ours"])
 def test_from_the_trainer(stock, hub, tmp_path):
-    trainer = trainer_for("founder/trained", tmp_path, stock=stock)
+    trainer = trainer_for("someone/trained", tmp_path, stock=stock)
     trainer.train()
     trainer.push_to_hub()
-    files = hub.files("founder/trained")
+    files = hub.files("someone/trained")
     assert {"model.safetensors", "config.json", "modeling_tokenprune_bert.py", "tokenizer.json"} <= set(files)
-    assert len(hub.model("founder/trained").history) == 2
+    assert len(hub.model("someone/trained").history) == 2
     assert {"token-pruning", "hf_tokenprune"} <= set(ModelCard(files["README.md"].decode()).data.tags)
     assert stock or not pickles(files)
     assert stock or json.loads(files["training_args.json"])["max_steps"] == 2
@@ -236,9 +236,9 @@ def test_from_the_trainer(stock, hub, tmp_path):
 
 def test_what_is_pushed_during_training_is_whole(hub, tmp_path):
     wishes = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
-    trainer = trainer_for("founder/trained", tmp_path, hub_token=TOKEN, **wishes)
+    trainer = trainer_for("someone/trained", tmp_path, hub_token=TOKEN, **wishes)
     trainer.train()
-    repository = hub.model("founder/trained")
+    repository = hub.model("someone/trained")
     assert repository.messages[1] == "Training in progress, step 1"
     for sha in repository.history[1:]:
         files = repository.commits[sha]
@@ -262,7 +262,7 @@ def pickles(files: dict[str, bytes]) -> list[str]:
 def test_a_wrong_token(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     with pytest.raises(PushError, match=r"the token must be valid .*401"):
-        push(repository(tmp_path / "made"), "founder/tiny")
+        push(repository(tmp_path / "made"), "someone/tiny")
     assert not hub.repositories
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(PushError, match="may write to 'else/tiny'"):
@@ -273,40 +273,40 @@ def test_a_wrong_token(hub, tmp_path, monkeypatch):
 
 def test_a_name_that_is_taken(hub, tmp_path):
     folder = repository(tmp_path / "made")
-    push(folder, "founder/tiny")
-    before = dict(hub.files("founder/tiny"))
-    with pytest.raises(PushError, match=r"'founder/tiny'\) must be new or empty, and holds \d+ files"):
-        push(folder, "founder/tiny")
-    assert hub.files("founder/tiny") == before
-    push(folder, "founder/tiny", overwrite=True)
+    push(folder, "someone/tiny")
+    before = dict(hub.files("someone/tiny"))
+    with pytest.raises(PushError, match=r"'someone/tiny'\) must be new or empty, and holds \d+ files"):
+        push(folder, "someone/tiny")
+    assert hub.files("someone/tiny") == before
+    push(folder, "someone/tiny", overwrite=True)
 
 
 def test_a_connection_that_is_cut(hub, tmp_path):
     folder = repository(tmp_path / "made")
     hub.cut_uploads = 1_000
-    with pytest.raises(PushError, match="nothing of this push was published in 'founder/tiny': push again"):
-        push(folder, "founder/tiny")
-    assert set(hub.files("founder/tiny")) == {".gitattributes"}
+    with pytest.raises(PushError, match="nothing of this push was published in 'someone/tiny': push again"):
+        push(folder, "someone/tiny")
+    assert set(hub.files("someone/tiny")) == {".gitattributes"}
     hub.cut_uploads, hub.cut_commits = 2, 1_000  # two are made up for
     with pytest.raises(PushError, match="push again"):
-        push(folder, "founder/tiny")
-    assert set(hub.files("founder/tiny")) == {".gitattributes"}
+        push(folder, "someone/tiny")
+    assert set(hub.files("someone/tiny")) == {".gitattributes"}
     hub.cut_commits = 0
-    push(folder, "founder/tiny")
-    assert hub.files("founder/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    push(folder, "someone/tiny")
+    assert hub.files("someone/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
 def test_a_commit_that_lands_without_an_answer(hub, tmp_path):
     folder = repository(tmp_path / "made")
     hub.cut_answers = 1
-    done = push(folder, "founder/tiny")
-    assert done.oid == hub.model("founder/tiny").history[-1] and done.commit_url.endswith(
-        f"founder/tiny/commit/{done.oid}"
+    done = push(folder, "someone/tiny")
+    assert done.oid == hub.model("someone/tiny").history[-1] and done.commit_url.endswith(
+        f"someone/tiny/commit/{done.oid}"
     )
-    assert hub.files("founder/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert hub.files("someone/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     hub.cut_answers, hub.cut_afterwards = 1, True
-    with pytest.raises(PushError, match="whether this push was published in 'founder/tiny' cannot be read"):
-        push(folder, "founder/tiny", revision="next", overwrite=True)
+    with pytest.raises(PushError, match="whether this push was published in 'someone/tiny' cannot be read"):
+        push(folder, "someone/tiny", revision="next", overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -315,11 +315,11 @@ def test_another_commit_is_not_taken_for_ours(name, hub, tmp_path):
 
     def other() -> None:
         theirs = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        hub.model("founder/tiny").commit("main", theirs | {name: theirs[name][::-1]}, "theirs")
+        hub.model("someone/tiny").commit("main", theirs | {name: theirs[name][::-1]}, "theirs")
 
     hub.before_commit = other
     with pytest.raises(PushError, match="changed by someone else meanwhile"):
-        push(folder, "founder/tiny")
+        push(folder, "someone/tiny")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Data processing error:\n CAS"), PermissionError("xet token refused")])
@@ -328,20 +328,20 @@ def test_an_upload_that_fails_by_xet(error, hub, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", fail)
-    words = f"the upload to 'founder/tiny' failed .{type(error).__name__}: {' '.join(str(error).split())}.; nothing of"
+    words = f"the upload to 'someone/tiny' failed .{type(error).__name__}: {' '.join(str(error).split())}.; nothing of"
     with pytest.raises(PushError, match=words):
-        push(repository(tmp_path / "made"), "founder/tiny")
-    assert set(hub.files("founder/tiny")) == {".gitattributes"}
+        push(repository(tmp_path / "made"), "someone/tiny")
+    assert set(hub.files("someone/tiny")) == {".gitattributes"}
 
 
 def test_somebody_else_was_faster(hub, tmp_path):
     def other() -> None:
-        hub.model("founder/tiny").commit("main", {"theirs.txt": b"1"}, "theirs")
+        hub.model("someone/tiny").commit("main", {"theirs.txt": b"1"}, "theirs")
 
     hub.before_commit = other
     with pytest.raises(PushError, match="changed by someone else meanwhile"):
-        push(repository(tmp_path / "made"), "founder/tiny")
-    assert set(hub.files("founder/tiny")) == {"theirs.txt"}
+        push(repository(tmp_path / "made"), "someone/tiny")
+    assert set(hub.files("someone/tiny")) == {"theirs.txt"}
 
 
 def test_a_folder_that_holds_something(tmp_path):
@@ -377,7 +377,7 @@ def test_the_command_line(hub, tmp_path):
     measured["weights"] = ["0" * 64, weights_digest(made), "0" * 64]
     evidence = tmp_path / "comparison.json"
     evidence.write_text(json.dumps(measured))
-    given = ["--repo_id", "founder/measured", "--recipe", str(recipe), "--evidence", str(evidence)]
+    given = ["--repo_id", "someone/measured", "--recipe", str(recipe), "--evidence", str(evidence)]
     for wrong, words in (
         (str(other), "must be of this model's pruning"),
         (empty, "table of saliency ('token_prior') must be filled"),
@@ -392,7 +392,7 @@ def test_the_command_line(hub, tmp_path):
     assert "must be '20newsgroups-religion', which" in refused and not hub.repositories
     printed = run_push(hub, *given, "--model_name_or_path", made)
     assert "published http" in printed, printed
-    files = hub.files("founder/measured")
+    files = hub.files("someone/measured")
     assert json.loads(files["evidence.json"]) == measured
     assert files["accuracy_over_macs.png"].startswith(b"\x89PNG")
     pruned = next(row for row in measured["quality"] if row["run"] == "pruned")
@@ -407,9 +407,9 @@ def test_the_command_line(hub, tmp_path):
 
 def test_what_was_staged_may_be_staged_again(hub, tmp_path):
     made, look = str(repository(tmp_path / "made")), str(tmp_path / "look")
-    given = ["--model_name_or_path", made, "--stage_dir", look, "--repo_id", "founder/look"]
-    hub.repositories["founder/look"] = hub_server.Repository()
-    hub.model("founder/look").commit("main", {"theirs.txt": b"1"}, "theirs")
+    given = ["--model_name_or_path", made, "--stage_dir", look, "--repo_id", "someone/look"]
+    hub.repositories["someone/look"] = hub_server.Repository()
+    hub.model("someone/look").commit("main", {"theirs.txt": b"1"}, "theirs")
     assert "must be new or empty" in run_push(hub, *given)  # staged, and not published
     assert "published http" in run_push(hub, *given, "--overwrite")
     Path(look, "README.md").write_text("mine")
@@ -435,17 +435,17 @@ def refused(hub, tmp_path, monkeypatch) -> Callable[..., str]:
 
 
 def test_the_command_line_on_tokens_and_names(hub, refused, tmp_path, monkeypatch):
-    hub.repositories["founder/taken"] = hub_server.Repository()
-    hub.model("founder/taken").commit("main", {"theirs.txt": b"1"}, "theirs")
-    assert "must be new or empty, and holds 1 files, theirs.txt among them" in refused("--repo_id", "founder/taken")
-    assert set(hub.files("founder/taken")) == {"theirs.txt"}
+    hub.repositories["someone/taken"] = hub_server.Repository()
+    hub.model("someone/taken").commit("main", {"theirs.txt": b"1"}, "theirs")
+    assert "must be new or empty, and holds 1 files, theirs.txt among them" in refused("--repo_id", "someone/taken")
+    assert set(hub.files("someone/taken")) == {"theirs.txt"}
     assert "may write to 'else/tiny'" in refused("--repo_id", "else/tiny")
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
-    assert "PushError: the token must be valid and may write to" in refused("--repo_id", "founder/tiny")
+    assert "PushError: the token must be valid and may write to" in refused("--repo_id", "someone/tiny")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    assert "PushError: no token: set HF_TOKEN" in refused("--repo_id", "founder/tiny")
-    assert set(hub.repositories) == {"founder/taken"}
+    assert "PushError: no token: set HF_TOKEN" in refused("--repo_id", "someone/tiny")
+    assert set(hub.repositories) == {"someone/taken"}
 
 
 @pytest.mark.parametrize(

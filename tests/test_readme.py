@@ -155,7 +155,7 @@ def hub() -> Iterator[dict[str, str]]:
     hub_server.USER = "you"
     with hub_server.serve() as (url, _):
         yield {"HF_ENDPOINT": url, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    hub_server.USER = "founder"
+    hub_server.USER = "someone"
 
 
 @pytest.mark.readme
