@@ -8,8 +8,9 @@ import torch
 from methods import METHODS, pruned
 from test_objectives import PRUNINGS as OBJECTIVES
 from test_objectives import TEXT, soft_model
-from tiny import BERT, EXECUTIONS, build, text_inputs
+from tiny import BERT, EXECUTIONS, VIT, Case, build, image_inputs, text_inputs
 from torch.nn.attention import varlen
+from transformers import ViTForImageClassification
 from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
 
 from hf_tokenprune.modeling import saliency, selection, token_attention, token_layer
@@ -93,6 +94,21 @@ def test_scores_are_not_rounded_where_products_may_be(lengths, like_an_accelerat
     torch.set_float32_matmul_precision("medium")
     found = first_token_scores(query, key, rows, 0.2, 2)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_share_of_what_is_no_number_is_the_same_on_all_ways(execution, like_an_accelerator):
+    stage = {"layers": [1, 2], "saliency": "received_attention", "rule": "top_p", "values": [0.7, 0.7]}
+    pruning = {"format_version": 1, "stages": [stage]}
+    images = image_inputs(2)
+    images["pixel_values"][0, :, :4, :4] = torch.nan
+    counts = []
+    for each in ("packed", execution):
+        model = pruned(build(Case(ViTForImageClassification, VIT)), {**pruning, "execution": each})
+        with torch.no_grad():
+            counts.append(model(**images, output_token_trace=True).token_trace.counts)
+        like_an_accelerator()
+    assert torch.equal(*counts)
 
 
 def test_numbers_go_to_a_device_whatever_the_default_is():
