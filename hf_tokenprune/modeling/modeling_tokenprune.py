@@ -17,6 +17,14 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+
+try:  # since 5.20 hidden states may be chosen by their indices
+    from transformers.utils.output_capturing import selected_hidden_states
+except ImportError:
+    selected_hidden_states = None
+
+from .call_arguments import check_arguments, hooked_modules
+from .flat_texts import find_texts
 from .model_repository import ModelRepository
 from .pruner_modules import ASKED, PrunerModules
 from .pruning_config import PruningConfig
@@ -24,8 +32,8 @@ from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES
 from .saliency import TokenPrior
 from .soft_pruning import SoftModule, objective_loss
-from .token_layer import LayerPlan, LayerStates
-from .token_layout import shapes_only
+from .token_layer import LayerPlan, LayerStates, LayerVisit
+from .token_layout import first_of, shapes_only
 from .token_outputs import EncoderCall, LayerWork
 from .token_state import TokenState, start_state
 
@@ -143,22 +151,64 @@ class TokenPruneModel(PrunerModules, Prunable):
         """The `pooler_output` from each sample's first token, normalised, [B, 1, D]."""
         raise NotImplementedError
 
-    def begin(self, call: EncoderCall | None, trace: bool | None, restore: bool, kwargs: dict[str, Any]) -> EncoderCall:
+    def begin(
+        self,
+        call: EncoderCall | None,
+        trace: bool | None,
+        restore: bool,
+        kwargs: dict[str, Any],
+        further: tuple[str, ...] = (),
+    ) -> EncoderCall:
         """The call's wishes in one place: arguments first, then the config, as native models have it.
 
+        further: names among kwargs that the family's forward has read.
+
         Raises:
-            ValueError: arguments of a decoder.
+            ValueError: arguments of a decoder; a hook on a module that is never called.
+            TypeError: arguments that nobody knows.
         """
-        for name in ("encoder_hidden_states", "encoder_attention_mask", "past_key_values"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} must be None: token pruning needs a bidirectional encoder")
+        check_arguments(kwargs, further)
+        if call is None and self.softening is not None:
+            logger.warning_once(
+                "The pruning's objective adds to the loss, and a base model has none: add the output's `pruning_loss` "
+                "to yours."
+            )
         call = call or EncoderCall()
         call.trace = call.trace or bool(trace)
         call.restore = restore is None or bool(restore)
-        for wish in ("hidden_states", "attentions"):
-            given = kwargs.get(f"output_{wish}")
-            setattr(call, wish, bool(getattr(self.config, f"output_{wish}", False) if given is None else given))
+        given = {wish: kwargs.get(f"output_{wish}") for wish in ("hidden_states", "attentions")}
+        asked = {w: getattr(self.config, f"output_{w}", False) if v is None else v for w, v in given.items()}
+        call.attentions = bool(asked["attentions"])
+        call.hidden_states = _wanted_states(asked["hidden_states"], len(self.token_layers()) + 1)
+        call.native_layers = self._native_layers()
+        call.work = call.work or self.softening is not None
+        if call.attentions and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"`{self.config._attn_implementation}` attention gives no weights for `output_attentions=True`: set "
+                'the attention to "eager" for them.'
+            )
         return call
+
+    def _native_layers(self) -> bool:
+        """Whether native layers do the work: nothing is pruned, and hooks want to see what natively goes through."""
+        hooked = [] if shapes_only() else list(hooked_modules(self))
+        if not hooked:
+            return False
+        pruning = self.config.pruning
+        native = pruning is None or (pruning.idle and pruning.execution != "packed")
+        self._check_hooks(hooked, native)
+        return native
+
+    def _check_hooks(self, hooked: list[nn.Module], native: bool) -> None:
+        """Raises a ValueError for a hook on a module whose parts are called, and not it."""
+        layers = self.token_layers()
+        around = [module for module in self.modules() if module is not self and layers in module.children()]
+        inside = [] if native else [module for layer in layers for module in layer.uncalled_modules()]
+        for name, module in self.named_modules():
+            if module in hooked and module in (*around, *inside):
+                raise ValueError(
+                    f"a hook on {name!r} would never be called: put it on a layer, or on what computes inside one"
+                )
 
     def start_tokens(
         self,
@@ -172,22 +222,43 @@ class TokenPruneModel(PrunerModules, Prunable):
         """The token state of an input [B, N].
 
         Raises:
-            ValueError: an empty input, a mask that is not [B, N], protected ids without ids to look for, a table
-                that is empty or has no ids to look up.
+            ValueError: an empty input, a mask that is not [B, N] of 0 and 1, protected ids without ids to look for, a
+                table that is empty or has no ids to look up.
         """
         if batch < 1 or length < 1:
             raise ValueError(f"the input's shape ({[batch, length]}) must hold at least one sample of one token")
         state = start_state(
-            _token_mask(attention_mask, batch, length, device),
+            attention_mask,
             batch,
             length,
-            execution=self._execution(),
+            execution="padded" if call.native_layers else self._execution(),
             prefix=self.structural_tokens,
             device=device,
             protected_tokens=self._protected_tokens(token_ids, device),
             track=call.whole_sequence,
         )
         return self._with_token_ids(state, token_ids)
+
+    def sort_texts(
+        self,
+        call: EncoderCall,
+        inputs: dict[str, torch.Tensor],
+        mask: torch.Tensor | None,
+        borders: dict[str, Any],
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Inputs [R, L, ...] and their mask -> those of the texts, [B, N, ...], if they are flattened; the same if not.
+
+        Raises:
+            ValueError: borders that do not fit.
+        """
+        some = next(iter(inputs.values()))
+        there = None if mask is None or mask.shape != some.shape[:2] else mask.to(some.device, torch.bool)
+        texts = find_texts(tuple(some.shape[:2]), some.device, there, inputs.get("position_ids"), borders)
+        call.texts = texts
+        if texts is None:
+            return inputs, mask
+        mask = texts.there if mask is None else texts.by_text(mask)
+        return {name: texts.by_text(value) for name, value in inputs.items()}, mask
 
     def _with_token_ids(self, state: TokenState, token_ids: torch.Tensor | None) -> TokenState:
         """The state with the ids, where the first layer scores by them."""
@@ -204,7 +275,7 @@ class TokenPruneModel(PrunerModules, Prunable):
 
     def _protected_tokens(self, token_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
         pruning = self.config.pruning
-        if pruning is None or not pruning.protected_token_ids or all(site.idle for site in pruning.sites.values()):
+        if pruning is None or not pruning.protected_token_ids or pruning.idle:
             return None
         if token_ids is None:
             raise ValueError(
@@ -247,52 +318,59 @@ class TokenPruneModel(PrunerModules, Prunable):
         attention = self.config._attn_implementation
         call.start = state
         for index, layer in enumerate(layers):
-            if call.hidden_states:
-                hidden_states.append(_restore(hidden, state, bank))
+            if call.hidden_states is not False:
+                hidden = _show(hidden, state, bank, call.wants_states(index), hidden_states)
             plan = self._plan(index, attention, not call.whole_sequence and index == len(layers) - 1, call)
-            before, before_state = hidden, state
-            hidden, states, attention_map = layer(hidden, state, plan, self.config)
-            state = states.left
+            before, visit = hidden, LayerVisit(state, plan)
+            hidden = layer(hidden, visit, self.config)
+            state = visit.states.left
             if state.carrier is not None and state.weight is not None:
                 bank = _faded(hidden, before, state, bank)
             elif plan.site is not None and state.carrier is not None:
-                bank = _deposit(before, before_state, state, bank)
-            if call.attentions and attention_map is not None:
-                attentions.append(attention_map)
-            self._collect(call, index, plan, before_state, states)
-        if call.hidden_states:
-            hidden_states.append(_restore(hidden, state, bank))
+                bank = _deposit(before, visit.state, state, bank)
+            if call.attentions and visit.attention_map is not None:
+                attentions.append(visit.attention_map)
+            self._collect(call, index, plan, visit.state, visit.states)
+        if call.hidden_states is not False:
+            hidden = _show(hidden, state, bank, call.wants_states(len(layers)), hidden_states)
         call.end = state
+        call.pruning_loss = self.pruning_loss(call)
         return self.output_class(
             **self._sequence_outputs(hidden, state, bank, call),
-            hidden_states=tuple(hidden_states) if call.hidden_states else None,
+            hidden_states=None if call.hidden_states is False else tuple(hidden_states),
             attentions=tuple(attentions) if call.attentions else None,
             token_trace=call.token_trace(),
+            pruning_loss=call.pruning_loss,
         )
 
     def _sequence_outputs(
         self, hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None, call: EncoderCall
     ) -> dict[str, torch.Tensor | None]:
-        first = self.final_norm(state.layout.first(hidden)[:, None])  # [B, 1, D]
-        outputs = {"pooler_output": self.pool(first)}
         if not call.whole_sequence:
-            return outputs | {"last_hidden_state": first}
+            first = self.final_norm(state.layout.first(hidden)[:, None])  # [B, 1, D]
+            return {"pooler_output": self.pool(first), "last_hidden_state": first}
         if call.restore:
             full = self.final_norm(_restore(hidden, state, bank))
+            everywhere = call.start.layout.full and call.start.layout.rows == call.start.input.length
+            first = first_of(full, call.start.carrier >= 0, everywhere)
             if call.start.input.padded:
                 full = full.masked_fill((call.start.carrier < 0)[..., None], 0.0)
-            return outputs | {"last_hidden_state": full}
+            full = full if call.texts is None else call.texts.flat(full)
+            return {"pooler_output": self.pool(first), "last_hidden_state": full}
         alive = state.alive
         rows = self.final_norm(state.layout.spread(hidden)).masked_fill(~alive[..., None], 0.0)
         positions = state.positions.masked_fill(~alive, -1)
-        return outputs | {"last_hidden_state": rows, "attention_mask": alive.long(), "positions": positions}
+        first = first_of(rows, alive, state.layout.full)
+        outputs = {"pooler_output": self.pool(first), "last_hidden_state": rows}
+        return outputs | {"attention_mask": alive.long(), "positions": positions}
 
     def _plan(self, index: int, attention: str, first_token_only: bool, call: EncoderCall) -> LayerPlan:
         pruning = self.config.pruning
         site = None if pruning is None else pruning.sites.get(index)
         if site is not None and (site.idle or (first_token_only and site.place == "between")):
             site = None  # no token is lost there, or none that is read
-        return LayerPlan(site, pruning, attention, first_token_only, call.attentions, self.softening)
+        native = call.native_layers and not call.attentions
+        return LayerPlan(site, pruning, attention, first_token_only, call.attentions, self.softening, native)
 
     @property
     def softening(self) -> Objective | None:
@@ -308,7 +386,7 @@ class TokenPruneModel(PrunerModules, Prunable):
             raise ValueError("use_reentrant (True) must be False in the soft phase: weights of tokens have a gradient")
 
     def pruning_loss(self, call: EncoderCall) -> torch.Tensor | None:
-        """What the pruning's objective adds to the loss of a call that collected its work; None: nothing."""
+        """What the pruning's objective adds to the loss of a call; None: nothing."""
         objective, layers = self.softening, self.token_layers()
         if objective is None or not call.softened:
             return None
@@ -332,16 +410,27 @@ class TokenPruneModel(PrunerModules, Prunable):
         call.layer_work.append(LayerWork(*counts, plan.site, before.input.prefix))
 
 
-def _token_mask(mask: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
-    """bool [B, N], or None where every token is real."""
-    if mask is None:
-        return None
-    if mask.shape != (batch, length):
-        raise ValueError(
-            f"attention_mask's shape ({list(mask.shape)}) must be [batch, length], here {[batch, length]}: a token is "
-            "there or not"
-        )
-    return mask.to(device=device, dtype=torch.bool)
+def _wanted_states(asked: Any, states: int) -> bool | frozenset[int]:
+    """Whether all hidden states are asked for, none, or those at some indices, negative ones from the end."""
+    selected = None if selected_hidden_states is None else selected_hidden_states(asked)
+    if selected is None:
+        return bool(asked)
+    return frozenset(index % states for index in selected if -states <= index < states)
+
+
+def _show(
+    hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None, wanted: bool, shown: list[torch.Tensor | None]
+) -> torch.Tensor:
+    """Adds the restored states [B, N, D] to those shown, None where they are not wanted; returns the rows that go on.
+
+    They are read from what is shown, so that gradients with respect to that are right: none for tokens that are gone.
+    Where masks stand for removal, what is shown is what that would leave.
+    """
+    full = _restore(hidden, state, bank) if wanted else None
+    shown.append(full)
+    if full is None or not hidden.requires_grad or state.weight is not None:
+        return hidden
+    return state.layout.read(full, state.positions)
 
 
 def _deposit(hidden: torch.Tensor, before: TokenState, after: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
@@ -401,9 +490,8 @@ class TokenPruneHead(Prunable):
         call = own or EncoderCall()
         call.first_token_only = self.reads_first_token_only
         call.trace = call.trace or bool(output_token_trace)
-        call.work = call.work or self.base_model.softening is not None
         outputs = native_forward(**inputs, encoder_call=call, return_dict=True)
-        extra = self.base_model.pruning_loss(call)
+        extra = call.pruning_loss
         if extra is not None and outputs.get("loss") is not None:
             outputs["loss"] = outputs["loss"] + extra
         elif extra is not None and own is None:

@@ -1,6 +1,6 @@
 """BERT with token pruning: post-LN text encoder, one structural token ([CLS]).
 
-Shapes: B samples, N input length, D features; `..` is `1, T` packed and `B, N` otherwise.
+Shapes: B samples, N input length, D features.
 """
 
 from .transformers_version import MINIMUM  # noqa: F401  # isort: skip
@@ -21,6 +21,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenprune import TokenPruneConfigMixin
+from .flat_texts import BORDERS
 from .modeling_tokenprune import TokenPruneHead, TokenPruneModel, register_family
 from .token_layer import TokenPruneLayer
 from .token_outputs import (
@@ -30,7 +31,6 @@ from .token_outputs import (
     TokenPruneSequenceClassifierOutput,
     TokenPruneTokenClassifierOutput,
 )
-from .token_state import TokenState
 
 
 class TokenPruneBertConfig(TokenPruneConfigMixin, BertConfig):
@@ -97,6 +97,7 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
 
     Modifications:
         - Packed: embeddings, too, are computed for real tokens alone.
+        - Flattened input is taken with every attention: each text is a sample.
         - `last_hidden_state` and `hidden_states` are restored to full length; padding holds zeros.
         - The pooler reads each sample's first real token.
         - Built once, with `TokenPruneBertLayer`s; no decoder, no cache.
@@ -133,10 +134,16 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
             output_token_trace: whether the output carries a `token_trace`.
             restore: False returns the kept tokens alone: `last_hidden_state` [B, K, D], `attention_mask` and
                 `positions` [B, K].
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: borders of a flattened input, as
+                `DataCollatorWithFlattening` makes them: rows [R, L] that hold B texts one after the other. Without
+                borders, `position_ids` that return to a row's first one say where texts begin, if there is no mask.
+                `last_hidden_state` comes in the same layout, [R, L, D]; the pooler's output [B, D], hidden states
+                [B, N, D], attentions, trace and kept tokens come by text.
 
         Raises:
-            ValueError: ids or a mask that are not [B, N], an input longer than the position table, arguments of a
-                decoder.
+            ValueError: ids or a mask that are not [B, N], a text longer than the position table, arguments of a
+                decoder, borders that do not fit.
+            TypeError: an unknown argument.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -146,11 +153,21 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
         if given.ndim != axes:
             wanted = "[batch, length]" if axes == 2 else "[batch, length, hidden]"
             raise ValueError(f"{name}'s shape ({list(given.shape)}) must be {wanted}")
-        batch, length = given.shape[:2]
+        call = self.begin(encoder_call, output_token_trace, restore, kwargs, further=BORDERS)
+        inputs = {
+            "input_ids": input_ids,
+            "token_type_ids": _of_each("token_type_ids", token_type_ids, *given.shape[:2]),
+            "position_ids": _of_each("position_ids", position_ids, *given.shape[:2]),
+            "inputs_embeds": inputs_embeds,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs, attention_mask = self.sort_texts(call, inputs, attention_mask, kwargs)
+        batch, length = next(iter(inputs.values())).shape[:2]
         self._check_length(length, position_ids)
-        call = self.begin(encoder_call, output_token_trace, restore, kwargs)
-        state = self.start_tokens(call, attention_mask, batch, length, given.device, token_ids=input_ids)
-        embedded = [self._embed(state, input_ids, token_type_ids, position_ids, inputs_embeds, batch, length)]
+        if position_ids is None:
+            inputs["position_ids"] = self.embeddings.position_ids[:, :length].expand(batch, length)
+        state = self.start_tokens(call, attention_mask, batch, length, given.device, inputs.get("input_ids"))
+        embedded = [self.embeddings(**{name: state.layout.enter(value) for name, value in inputs.items()})]
         return self.encode(embedded, state, call)
 
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
@@ -163,27 +180,11 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
                 f"({self.config.max_position_embeddings}); truncate it"
             )
 
-    def _embed(
-        self,
-        state: TokenState,
-        input_ids: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        batch: int,
-        length: int,
-    ) -> torch.Tensor:  # [.., D]
-        if position_ids is None:
-            position_ids = self.embeddings.position_ids[:, :length]
-        per_token = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        per_token = {name: _of_each(name, ids, batch, length) for name, ids in per_token.items() if ids is not None}
-        if inputs_embeds is not None:
-            per_token["inputs_embeds"] = inputs_embeds
-        return self.embeddings(**{name: state.layout.enter(value) for name, value in per_token.items()})
 
-
-def _of_each(name: str, ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+def _of_each(name: str, ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     """Ids [B, N] from those, or from [1, N] or [N], which hold for every sample."""
+    if ids is None:
+        return None
     if ids.shape not in ((batch, length), (1, length), (length,)):
         raise ValueError(f"{name}'s shape ({list(ids.shape)}) must be [batch, length], here {[batch, length]}")
     return ids.expand(batch, length)

@@ -251,6 +251,11 @@ class PruningConfig:
         return {site.layer: site for stage in self.stages for site in stage.sites()}
 
     @property
+    def idle(self) -> bool:
+        """Whether no site can remove anything."""
+        return all(site.idle for site in self.sites.values())
+
+    @property
     def tracks_sizes(self) -> bool:
         """Whether it matters for how many input tokens a token stands."""
         return self.proportional_attention or any(stage.reduction in MERGES for stage in self.stages)

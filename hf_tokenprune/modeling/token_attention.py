@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .token_layout import Layout, MaskedRows, PackedRows, Run, halves_on_ampere, named, on_cpu, parted
+from .token_state import TokenState
 
 
 class AttentionKernel(NamedTuple):
@@ -210,31 +211,43 @@ def _varlen(
     return context.flatten(1)[None]
 
 
-def maps_at_positions(
-    maps: list[torch.Tensor],
-    queries: Layout,
-    keys: Layout,
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    length: int,
-) -> torch.Tensor:
+def maps_at_positions(maps: list[torch.Tensor], state: TokenState) -> torch.Tensor:
     """A layer's weights at the original positions, zero where a token was gone: [B, H, N, N].
 
     Args:
-        maps: what `attend` returned. query_positions, key_positions: long [B, K], the rows' original positions.
+        maps: what `attend` returned for all the state's tokens as queries and as keys. The state follows positions.
     """
-    batch, heads = key_positions.shape[0], maps[0].shape[1]
-    if isinstance(keys, MaskedRows):
-        hidden = keys.visible[:, None, :, None] & keys.visible[:, None, None, :]
+    layout, length = state.layout, state.input.length
+    if isinstance(layout, MaskedRows):
+        hidden = layout.visible[:, None, :, None] & layout.visible[:, None, None, :]
         return maps[0].masked_fill(~hidden, 0.0)
-    spread = maps[0].new_zeros(batch, heads, queries.rows, keys.rows)
+    batch, heads = state.alive.shape[0], maps[0].shape[1]
+    spread = maps[0].new_zeros(batch, heads, layout.rows, layout.rows)
     first = 0
     for weights in maps:
         spread[first : first + weights.shape[0], :, : weights.shape[2], : weights.shape[3]] = weights
         first += weights.shape[0]
-    seen = queries.alive[:, None, :, None] & keys.alive[:, None, None, :]
+    seen = state.alive[:, None, :, None] & state.alive[:, None, None, :]
     spread = spread.masked_fill(~seen, 0.0)
-    by_key = spread.new_zeros(batch, heads, queries.rows, length)
-    by_key.scatter_add_(3, key_positions[:, None, None].expand_as(spread), spread)
+    positions = state.positions[:, None]  # [B, 1, K]
+    by_key = spread.new_zeros(batch, heads, layout.rows, length)
+    by_key = by_key.scatter_add(3, positions[:, :, None].expand_as(spread), spread)
     full = spread.new_zeros(batch, heads, length, length)
-    return full.scatter_add_(2, query_positions[:, None, :, None].expand(-1, heads, -1, length), by_key)
+    return full.scatter_add(2, positions[..., None].expand(-1, heads, -1, length), by_key)
+
+
+def context_of_map(full_map: torch.Tensor, value: torch.Tensor, state: TokenState) -> torch.Tensor:
+    """What the state's tokens read by weights at the original positions [B, H, N, N]: the context, laid out as they.
+
+    value: [.., H, d], laid out as the state's rows.
+    """
+    layout = state.layout
+    weights, heads = full_map, full_map.shape[1]
+    if not isinstance(layout, MaskedRows):
+        rows = state.positions[:, None, :, None].expand(-1, heads, -1, state.input.length)
+        weights = weights.gather(2, rows)  # [B, H, K, N]
+        columns = state.positions[:, None, None].expand(-1, heads, layout.rows, -1)
+        weights = weights.gather(3, columns).masked_fill(~state.alive[:, None, None], 0.0)  # [B, H, K, K]
+        value = layout.spread(value)
+    context = (weights.to(value.dtype) @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
+    return context if isinstance(layout, MaskedRows) else layout.lay(context)

@@ -8,7 +8,7 @@ how the layout of the call holds the tokens: `1, T` packed, `B, K` padded, `B, N
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from .saliency import (
 )
 from .selection import Scores
 from .soft_pruning import SoftReduction, soften, soften_learned
-from .token_attention import AttentionKernel, attend, maps_at_positions
+from .token_attention import AttentionKernel, attend, context_of_map, maps_at_positions
 from .token_layout import PackedRows, named, on_cpu, shapes_only
 from .token_reducer import Reduction, begin_reduction, step
 from .token_state import TokenState
@@ -53,6 +53,7 @@ class LayerPlan(NamedTuple):
     first_token_only: only each sample's first token leaves the layer.
     whole_map: every token has its attention row, even if it is dropped here.
     soft: the objective whose masks stand for removal in this call; None: tokens are removed.
+    native: the native layer does it, so that hooks on any of its modules are called as natively.
     """
 
     site: Site | None
@@ -61,6 +62,7 @@ class LayerPlan(NamedTuple):
     first_token_only: bool
     whole_map: bool
     soft: Objective | None = None
+    native: bool = False
 
     def site_at(self, place: str) -> Site | None:
         return self.site if self.site is not None and self.site.place == place else None
@@ -96,6 +98,22 @@ class LayerStates(NamedTuple):
     decided: tuple[Scores, TokenState] | None
 
 
+@dataclass
+class LayerVisit:
+    """One layer's part of a call. It travels down as an argument, so that what the layer returns is a tensor, as
+    natively: hooks get that. A layer that is recomputed writes the same again.
+
+    state: the tokens at the layer's input. plan: what is to be done.
+    states: those of the layer, once it has run. attention_map: [B, H, N, N], where it was asked for and the kernel
+        gives weights.
+    """
+
+    state: TokenState
+    plan: LayerPlan
+    states: LayerStates | None = None
+    attention_map: torch.Tensor | None = None
+
+
 class Projections(NamedTuple):
     """What scores are made of, all laid out as the rows of the layer: its input, what the projections are made of, and
     the projections [.., A]; `query` is None where only the survivors' are computed."""
@@ -118,7 +136,7 @@ class TokenPruneLayer:
         eager_attention: the family's own eager attention function.
 
     Modifications:
-        - `forward` follows a `LayerPlan` and returns the `LayerStates` with the hidden states.
+        - `forward` follows the plan of a `LayerVisit`, and leaves there what became of the tokens.
         - The class token's attention row is scored before the attention: tokens that are dropped here compute neither
           query, attention row, output projection nor feed-forward.
     """
@@ -148,6 +166,10 @@ class TokenPruneLayer:
     def attention_dropout(self) -> float:
         return self.attention_module.attention_dropout
 
+    def uncalled_modules(self) -> list[nn.Module]:
+        """Modules around the attention's projections, which are called in their place."""
+        return [part for part in self.modules() if part is not self and self.attention_module in part.modules()]
+
     def query(self, x: torch.Tensor) -> torch.Tensor:
         return self.attention_module.q_proj(x)
 
@@ -169,11 +191,13 @@ class TokenPruneLayer:
         """The feed-forward half of the layer, residual and norms included."""
         raise NotImplementedError
 
-    def forward(
-        self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
-    ) -> tuple[torch.Tensor, LayerStates, torch.Tensor | None]:
-        """hidden [.., D], laid out as `state.layout` -> the same after the layer, the states of its tokens, and the
-        attention map [B, H, N, N] if the kernel gives weights and positions are followed."""
+    def forward(self, hidden: torch.Tensor, visit: LayerVisit, config: Any) -> torch.Tensor:
+        """hidden [.., D], laid out as `visit.state` -> [.., D] after the layer, laid out as `visit.states.left`."""
+        state, plan = visit.state, visit.plan
+        if plan.native:
+            visit.states = LayerStates(state, state, state, None)
+            alive = None if state.layout.full else state.alive
+            return super().forward(hidden, self._kernel(plan, config).mask(hidden, hidden, alive))
         site, before = plan.site_at("before"), None
         if site is not None:
             with named(f"layer {site.layer}"):
@@ -182,9 +206,9 @@ class TokenPruneLayer:
                 with step(site, "reduce"):
                     hidden = _moved(hidden, state, reduction.state)
                 hidden, state = reduction.finish(hidden)
-        hidden, attending, left, decided, attention_map = self._attention_half(hidden, state, plan, config)
-        states = LayerStates(state, attending, left, before or decided)
-        return self._feed_forward_half(hidden), states, attention_map
+        hidden, attending, left, decided, visit.attention_map = self._attention_half(hidden, state, plan, config)
+        visit.states = LayerStates(state, attending, left, before or decided)
+        return self._feed_forward_half(hidden)
 
     def _attention_half(
         self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any
@@ -208,13 +232,7 @@ class TokenPruneLayer:
             source = hidden if source is entered else _moved(source, state, asking)
             query = None if query is None else _moved(query, state, asking)
         query = self.query(source) if query is None else query
-        context, maps = attend(
-            self._kernel(plan, config),
-            *map(self._split, (query, key, value)),
-            asking.layout,
-            state.layout,
-            plan.bias(state),
-        )
+        context, full_map = self._attend(query, key, value, asking, state, plan, config)
         hidden = self.attention_output(context, hidden)
         hidden = _moved(hidden, asking, kept)
         if site is not None and not plan.first_token_only:
@@ -226,12 +244,29 @@ class TokenPruneLayer:
                     with step(site, "reduce"):
                         hidden = _moved(hidden, state, reduction.state)
                 hidden, kept = reduction.finish(hidden)
-        decided = getattr(reduction, "decided", None)
-        if not plan.whole_map or not maps or state.positions is None:
-            return hidden, asking, kept, decided, None
-        positions = asking.positions, state.positions
-        full_map = maps_at_positions(maps, asking.layout, state.layout, *positions, state.input.length)
-        return hidden, asking, kept, decided, full_map
+        return hidden, asking, kept, getattr(reduction, "decided", None), full_map
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        asking: TokenState,
+        state: TokenState,
+        plan: LayerPlan,
+        config: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The context, and the map [B, H, N, N] if it is asked for and the kernel gives weights: then the context is
+        made of that very map, so that gradients reach it."""
+        kernel = self._kernel(plan, config)
+        query, key, value = map(self._split, (query, key, value))
+        context, maps = attend(kernel, query, key, value, asking.layout, state.layout, plan.bias(state))
+        if not plan.whole_map or not maps:
+            return context, None
+        full_map = maps_at_positions(maps, state)
+        if full_map.requires_grad and kernel.name == "eager":
+            context = context_of_map(full_map, value, state)
+        return context, full_map
 
     def _begin(
         self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, score: Callable[[], Scores]

@@ -208,6 +208,11 @@ class PackedRows:
         flat = rows.flatten(0, 1)
         return (flat if self.full else flat.index_select(0, self.cells))[None]
 
+    def read(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What `x` [B, N, ...] holds at the rows' positions [B, K], in this layout."""
+        index = _flat(positions, x.shape[1]).flatten()
+        return x.flatten(0, 1).index_select(0, index if self.full else index.index_select(0, self.cells))[None]
+
     def places(self, rows: torch.Tensor) -> torch.Tensor:
         """Where rows `[B, M]` lie in the flattened memory, long [B, M]."""
         return (rows + self.starts[:, None]).clamp(0, self.tokens - 1)
@@ -256,6 +261,9 @@ class PaddedRows:
 
     def lay(self, rows: torch.Tensor) -> torch.Tensor:
         return rows
+
+    def read(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return gather_rows(x, positions)
 
     def places(self, rows: torch.Tensor) -> torch.Tensor:
         return _flat(rows.clamp(min=0), self.rows)
@@ -312,6 +320,9 @@ class MaskedRows:
         laid = empty.index_copy(0, _flat(self.slots, self.length).flatten(), rows.flatten(0, 1))
         return laid.view(rows.shape[0], self.length, *rows.shape[2:])
 
+    def read(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return x
+
     def places(self, rows: torch.Tensor) -> torch.Tensor:
         return _flat(self.slots.gather(1, rows.clamp(min=0)), self.length)
 
@@ -336,6 +347,11 @@ Layout = PackedRows | PaddedRows | MaskedRows
 def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """x [B, K, ...] at rows [B, M] -> [B, M, ...]; whole rows are copied, and not one feature after the other."""
     return x.flatten(0, 1).index_select(0, _flat(rows, x.shape[1]).flatten()).view(*rows.shape, *x.shape[2:])
+
+
+def first_of(x: torch.Tensor, there: torch.Tensor, full: bool) -> torch.Tensor:
+    """x [B, M, D] at the first place of each sample where something is there [B, M], [B, 1, D]; full: everywhere."""
+    return x[:, :1] if full else gather_rows(x, _first_row(there, full))
 
 
 def _flat(rows: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What a model returns besides the native fields, and what travels down through one call.
 
-Every output class is the native one with further declared fields, `None` unless asked for. `pruning_loss` of a head is
-what an objective adds in its soft phase, a scalar: `loss` has it in it, and a loss of one's own wants it added.
+Every output class is the native one with further declared fields, `None` unless asked for. `pruning_loss` is what an
+objective adds in its soft phase, a scalar: a head's `loss` has it in it, and a loss of one's own wants it added.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacherOutput
 from transformers.utils import ModelOutput
 
+from .flat_texts import FlatTexts
 from .pruning_stage import Site
 from .selection import Scores
 from .token_state import TokenState
@@ -50,6 +51,7 @@ class TokenPruneModelOutputWithCrossAttentions(BaseModelOutputWithPoolingAndCros
     """attention_mask, positions: long [B, K], with `restore=False` alone (positions -1 where the mask is 0)."""
 
     token_trace: TokenTrace | None = None
+    pruning_loss: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
@@ -59,6 +61,7 @@ class TokenPruneModelOutput(BaseModelOutputWithPooling):
     """attention_mask, positions: long [B, K], with `restore=False` alone (positions -1 where the mask is 0)."""
 
     token_trace: TokenTrace | None = None
+    pruning_loss: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
@@ -111,8 +114,11 @@ class EncoderCall:
 
     Args:
         first_token_only: the head reads each sample's first token alone.
-        trace, work, scores, hidden_states, attentions: what to collect.
+        trace, work, scores, hidden_states, attentions: what to collect; of hidden states all, or those at some indices.
         restore: whether the sequence comes back in full length.
+        native_layers: hooks look at what goes through, and nothing is pruned: native layers do the work.
+        texts: where the texts lie, if the input was flattened.
+        pruning_loss: what the pruning's objective adds to the loss.
         start, end: the state at the input, and after the last layer; states: the state after each site, by layer.
         layer_work: one entry per layer.
         decided: by layer, the scores that its site decided by, and the state of the tokens that they are of.
@@ -123,9 +129,12 @@ class EncoderCall:
     trace: bool = False
     work: bool = False
     scores: bool = False
-    hidden_states: bool = False
+    hidden_states: bool | frozenset[int] = False
     attentions: bool = False
     restore: bool = True
+    native_layers: bool = False
+    texts: FlatTexts | None = None
+    pruning_loss: torch.Tensor | None = None
     start: TokenState | None = None
     end: TokenState | None = None
     states: dict[int, TokenState] = field(default_factory=dict)
@@ -136,7 +145,12 @@ class EncoderCall:
     @property
     def whole_sequence(self) -> bool:
         """Whether more than the first token's last state is asked for."""
-        return not self.first_token_only or self.trace or self.hidden_states or self.attentions
+        asked = self.trace or self.attentions or self.native_layers or self.hidden_states is not False
+        return asked or not self.first_token_only
+
+    def wants_states(self, index: int) -> bool:
+        """Whether the hidden states at an index are asked for: 0 the embeddings, i what layer i - 1 leaves."""
+        return self.hidden_states is True or (self.hidden_states is not False and index in self.hidden_states)
 
     def token_trace(self) -> TokenTrace | None:
         """The trace, if it was asked for."""

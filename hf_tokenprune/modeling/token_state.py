@@ -160,13 +160,17 @@ def start_state(
     """The state at the input of the first layer.
 
     Args:
-        mask: bool [B, N], True where a token is; None: everywhere. A sample without any token counts its first place.
+        mask: [B, N] of any type, 1 where a token is and 0 elsewhere; None: everywhere. A sample without any token
+            counts its first place.
         execution: `"packed"`, `"padded"` or `"masked"`.
         prefix: structural tokens at the front of each sample.
         protected_tokens: bool [B, N], further tokens that every method keeps.
         track: whether positions are followed, for traces, restored sequences and maps.
+
+    Raises:
+        ValueError: a mask of another shape, or with other values.
     """
-    lengths, alive = _lengths(mask, batch, length)
+    lengths, alive = _lengths(mask, batch, length, device)
     protected = counts = None
     if protected_tokens is not None:
         there = torch.ones_like(protected_tokens) if alive is None else alive
@@ -186,17 +190,36 @@ def start_state(
     return TokenState(layout, given, protected, positions, carrier)
 
 
-def _lengths(mask: torch.Tensor | None, batch: int, length: int) -> tuple[Ints | None, torch.Tensor | None]:
+def _lengths(
+    given: torch.Tensor | None, batch: int, length: int, device: torch.device
+) -> tuple[Ints | None, torch.Tensor | None]:
     """Tokens of each sample on the host, and the mask in whose empty rows the first place counts; None where every
     token is real. One synchronisation on an accelerator; under compile and export no lengths."""
-    if mask is None:
+    if given is None:
         return None if shapes_only() else (length,) * batch, None
-    lengths = None if shapes_only() else tuple(mask.sum(dim=1).tolist())
+    if given.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask's shape ({list(given.shape)}) must be [batch, length], here {[batch, length]}: a token is "
+            "there or not"
+        )
+    given = given.to(device)
+    mask = given.to(torch.bool)
+    lengths = None if shapes_only() else _counted(mask, given)
     if lengths is not None and min(lengths) == length:
         return lengths, None
     if lengths is None or min(lengths) == 0:
         mask = mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(length, device=mask.device) == 0))
     return None if lengths is None else tuple(max(1, tokens) for tokens in lengths), mask
+
+
+def _counted(mask: torch.Tensor, given: torch.Tensor) -> Ints:
+    if given.dtype == torch.bool:
+        return tuple(mask.sum(dim=1).tolist())
+    strange = given != mask
+    lengths, wrong = torch.stack([mask.sum(dim=1), strange.sum(dim=1)]).tolist()
+    if any(wrong):
+        raise ValueError(f"attention_mask holds {given[strange][0].item()}, and must hold 0 and 1 alone")
+    return tuple(lengths)
 
 
 def _start_layout(
