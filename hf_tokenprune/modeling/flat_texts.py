@@ -159,9 +159,7 @@ def _check_agreement(texts: FlatTexts, shape: tuple[int, int], given: Mapping[st
         raise ValueError(f"cu_seq_lens_k ({_short(keys)}) must be the same as cu_seq_lens_q: a text sees itself")
     for name in ("max_length_q", "max_length_k"):
         if name in given and int(given[name]) < texts.longest:
-            raise ValueError(
-                f"{name} ({int(given[name])}) must be at least the longest text's tokens ({texts.longest})"
-            )
+            raise ValueError(f"{name} ({int(given[name])}) must be the longest text's ({texts.longest}) or more")
     if indices is not None and _lengths_of_runs(_borders_of_indices(indices, shape)) != texts.lengths:
         raise ValueError(f"seq_idx ({_short(indices)}) must change where texts of cu_seq_lens_q begin")
 

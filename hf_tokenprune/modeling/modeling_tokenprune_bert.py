@@ -24,6 +24,7 @@ from .configuration_tokenprune import TokenPruneConfigMixin
 from .flat_texts import BORDERS
 from .modeling_tokenprune import TokenPruneHead, TokenPruneModel, register_family
 from .token_layer import TokenPruneLayer
+from .token_layout import PackedRows
 from .token_outputs import (
     EXTRA_FIELDS,
     EncoderCall,
@@ -164,9 +165,9 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
         inputs, attention_mask = self.sort_texts(call, inputs, attention_mask, kwargs)
         batch, length = next(iter(inputs.values())).shape[:2]
         self._check_length(length, position_ids)
-        if position_ids is None:
-            inputs["position_ids"] = self.embeddings.position_ids[:, :length].expand(batch, length)
         state = self.start_tokens(call, attention_mask, batch, length, given.device, inputs.get("input_ids"))
+        if position_ids is None and isinstance(state.layout, PackedRows):  # elsewhere they follow from the shape
+            inputs["position_ids"] = self.embeddings.position_ids[:, :length].expand(batch, length)
         embedded = [self.embeddings(**{name: state.layout.enter(value) for name, value in inputs.items()})]
         return self.encode(embedded, state, call)
 
