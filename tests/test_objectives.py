@@ -431,3 +431,18 @@ def test_one_checkpoint_many_budgets(tmp_path):
 def test_bad_budgets_are_refused(budgets, message):
     with pytest.raises(ValueError, match=message):
         PruningConfig.preset("top_k", layers=[1, 2], keep_rate=0.4, budgets=budgets)
+
+
+def test_a_base_model_returns_what_an_objective_adds(monkeypatch):
+    """Whoever trains a base model has a loss of their own; they are told so."""
+    said = []
+    monkeypatch.setattr(modeling_tokenprune.logger, "warning_once", said.append)
+    native, inputs = tiny.build(TEXT), tiny.text_inputs([17, 5, 30, 1])
+    head, base = pruned(native, PRUNINGS["budget"]), pruned(native.bert, PRUNINGS["budget"])
+    assert base(**inputs).pruning_loss is None and not said
+    loss = base.train()(**inputs).pruning_loss
+    assert len(said) == 1 and "`pruning_loss`" in said[0]
+    loss.backward()
+    assert base.encoder.layer[1].token_mask.log_threshold.grad.abs() > 0
+    head.train()(**inputs, labels=torch.tensor([0, 1, 2, 0]))
+    assert len(said) == 1  # a head's loss has it

@@ -412,7 +412,7 @@ class TokenPruneModel(PrunerModules, Prunable):
 
 def _wanted_states(asked: Any, states: int) -> bool | frozenset[int]:
     """Whether all hidden states are asked for, none, or those at some indices, negative ones from the end."""
-    selected = None if selected_hidden_states is None else selected_hidden_states(asked)
+    selected = selected_hidden_states(asked) if asked and selected_hidden_states is not None else None
     if selected is None:
         return bool(asked)
     return frozenset(index % states for index in selected if -states <= index < states)

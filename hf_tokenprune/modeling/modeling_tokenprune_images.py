@@ -73,7 +73,7 @@ class ImageModel(TokenPruneModel):
         """hidden: the embeddings [B, N, D].
 
         Raises:
-            ValueError: a mask that is not [B, N], or that hides a structural token of an image.
+            ValueError: a mask that is not [B, N] of 0 and 1, or that hides a structural token of an image.
         """
         state = self.start_tokens(call, attention_mask, *hidden.shape[:2], hidden.device)
         self._check_mask(attention_mask)
@@ -118,9 +118,12 @@ class ViTLikeModel(ImageModel):
                 `positions` [B, K].
 
         Raises:
-            ValueError: a mask that is not [B, N].
+            ValueError: a mask that is not [B, N] of 0 and 1, masked patches without a mask token.
+            TypeError: an unknown argument.
         """
         call = self.begin(encoder_call, output_token_trace, restore, kwargs)
+        if bool_masked_pos is not None and self.embeddings.mask_token is None:
+            raise ValueError("bool_masked_pos needs a model with a mask token: use_mask_token=True")
         pixel_values = _require_pixels(pixel_values).to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden = self.embeddings(
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=bool(interpolate_pos_encoding)
@@ -176,9 +179,11 @@ class Dinov2LikeModel(ImageModel):
         """Takes what the native model takes, and `output_token_trace` and `restore` as `ViTLikeModel` does.
 
         Raises:
-            ValueError: a mask that is not [B, N].
+            ValueError: a mask that is not [B, N] of 0 and 1.
+            TypeError: an unknown argument.
         """
-        call = self.begin(encoder_call, output_token_trace, restore, kwargs)
+        # Natively ignored, and so here: positions are always interpolated.
+        call = self.begin(encoder_call, output_token_trace, restore, kwargs, further=("interpolate_pos_encoding",))
         hidden = self.embeddings(_require_pixels(pixel_values), bool_masked_pos=bool_masked_pos)
         return self.encode_images(hidden, attention_mask, call)
 
