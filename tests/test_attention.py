@@ -8,11 +8,13 @@ import torch
 from methods import METHODS, pruned
 from test_objectives import PRUNINGS as OBJECTIVES
 from test_objectives import TEXT, soft_model
-from tiny import BERT, EXECUTIONS, VIT, Case, build, image_inputs, text_inputs
+from tiny import BASES, BERT, EXECUTIONS, VIT, Case, build, cases, image_inputs, text_inputs
 from torch.nn.attention import varlen
 from transformers import ViTForImageClassification
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertSelfAttention, eager_attention_forward
 
+from hf_tokenprune import PruningConfig, prune
 from hf_tokenprune.modeling import saliency, selection, token_attention, token_layer
 from hf_tokenprune.modeling.saliency import first_token_scores
 from hf_tokenprune.modeling.token_attention import AttentionKernel, attend, attend_by_padding
@@ -148,3 +150,22 @@ def test_ragged_batches_under_an_objective(name, like_an_accelerator):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-7)
+
+
+def test_a_kernel_of_ones_own_without_masks(monkeypatch):
+    """Natively it gets none and attends to padding without a word."""
+
+    def own(module, query, key, value, attention_mask, scaling=None, **given):
+        weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
+        return (weights @ value).transpose(1, 2), weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "own", own)
+    inputs = text_inputs([9, 4])
+    model = prune(build(cases(BASES)[0]), None)
+    wanted = model(**inputs).last_hidden_state
+    model.config._attn_implementation = "own"
+    torch.testing.assert_close(model(**inputs).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+    for execution in ("padded", "masked"):
+        model.set_pruning(PruningConfig.preset("top_k", layers=[1], keep_rate=0.5, execution=execution))
+        with pytest.raises(ValueError, match="attention 'own' has no mask function"):
+            model(**inputs)

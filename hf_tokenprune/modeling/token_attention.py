@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .token_layout import Layout, MaskedRows, PackedRows, Run, halves_on_ampere, named, on_cpu, parted
@@ -55,13 +55,22 @@ class AttentionKernel(NamedTuple):
         self, query: torch.Tensor, key: torch.Tensor, alive: torch.Tensor | None, bias: torch.Tensor | None = None
     ) -> torch.Tensor | None:
         """The mask that hides dead keys, in the form that this kernel takes; with a bias [b, m], added to the logits of
-        each key, in the form that all take that take one at all."""
+        each key, in the form that all take that take one at all.
+
+        Raises:
+            ValueError: dead keys, and a kernel of somebody's own for which nobody says how masks look.
+        """
         if bias is not None:
             bias = bias.to(query.dtype)
             bias = bias if alive is None else bias.masked_fill(~alive, torch.finfo(query.dtype).min)
             return bias[:, None, None, :]
         if alive is None:
             return None
+        if self.name not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise ValueError(
+                f"attention {self.name!r} has no mask function, so padding would be attended: register one with "
+                "AttentionMaskInterface, or use execution 'packed' without hooks"
+            )
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=query.flatten(2),
