@@ -66,13 +66,7 @@ DIFFERENCES = {
     "test_can_capture_specific_layers_hidden_states": Difference(
         "output_hidden_states takes a list of layers for all", FAILED, "is not None"
     ),
-    "test_keep_in_fp32_modules": Difference("names of modules that a model may not have", "passed", ""),
-    "test_keep_in_fp32_modules_exist": Difference(
-        "names of modules that a model may not have", FAILED, "are not part of the modules"
-    ),
-    f"{SDPA}_24_fp32_pad_left_output_attentions": Difference(
-        "`**kwargs: Any` hides output_attentions", SKIPPED, "Model does not support output_attentions"
-    ),
+    f"{SDPA}_24_fp32_pad_left_output_attentions": HIDES_STRUCTURE,
     **{f"{SDPA}_{name}_pad_left_sdpa_kernels": HIDES_STRUCTURE for name in LEFT[0]},
     **{f"{SDPA}_{name}_pad_left": HIDES_STRUCTURE for name in LEFT[1]},
     **{f"{SDPA}_{name}_pad_right_sdpa_kernels": HIDES_PATCH for name in RIGHT[0]},
