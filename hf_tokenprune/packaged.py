@@ -211,6 +211,7 @@ def _of_wheel(package: Package) -> tuple[str, ...]:
 def _of_source(package: Package, into: Path) -> tuple[str, ...]:
     # pip runs a source package's setup for its metadata: not before its hash is right, and with the setuptools that is
     # installed, so that nothing else is fetched.
+    into.parent.mkdir(parents=True, exist_ok=True)
     pinned = into.with_name("requirements.txt")
     pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     return "--no-binary=:all:", "--no-build-isolation", "-r", str(pinned)

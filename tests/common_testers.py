@@ -2,6 +2,7 @@
 
 import copy
 import unittest
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -168,20 +169,30 @@ def names_of_tests(family: str) -> list[str]:
     return unittest.TestLoader().getTestCaseNames(tests_class(family, STOCK))
 
 
-def run(family: str, variant: str, name: str) -> tuple[str, str]:
-    """Which of the `WAYS` one test went, and what it said."""
+@dataclass(frozen=True)
+class Outcome:
+    """Which of the `WAYS` a test went, how often it skipped (models apart), and what it said."""
+
+    way: str
+    skips: int
+    said: str
+
+
+def run(family: str, variant: str, name: str) -> Outcome:
+    """Runs one test."""
     result = unittest.TestResult()
     tests_class(family, variant)(name).run(result)
-    said = [text for _, text in result.failures + result.errors] or [text for _, text in result.skipped]
-    way = FAILED if result.failures or result.errors else SKIPPED if result.skipped else PASSED
-    return way, "\n".join(said)
+    failed = [text for _, text in result.failures + result.errors]
+    skipped = [text for _, text in result.skipped]
+    way = FAILED if failed else SKIPPED if skipped else PASSED
+    return Outcome(way, len(skipped), "\n".join(failed or skipped))
 
 
 def main() -> None:
     """Prints how many tests passed, failed and were skipped."""
     for family in families():
         for variant in VARIANTS:
-            ways = [run(family, variant, name)[0] for name in names_of_tests(family)]
+            ways = [run(family, variant, name).way for name in names_of_tests(family)]
             print(f"{family}, {variant}: {', '.join(f'{ways.count(way)} {way}' for way in WAYS)}", flush=True)
 
 

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 from common_mixins import NOT_PINNED, PINNED
-from common_testers import CONFIGS, FAILED, NONE, SKIPPED, STOCK, TOP_K, families, names_of_tests, run
+from common_testers import CONFIGS, FAILED, NONE, PASSED, SKIPPED, STOCK, TOP_K, families, names_of_tests, run
+from transformers import ViTForImageClassification
 
-from hf_tokenprune.families import FAMILIES
+from hf_tokenprune.families import FAMILIES, native_to_pruned
+from hf_tokenprune.modeling.modeling_tokenprune import Prunable
 from hf_tokenprune.packaged import PackagedFileError
 
 
@@ -86,17 +88,35 @@ ROWS = _rows()
 
 @pytest.mark.parametrize(("family", "name"), ROWS, ids=["-".join(row) for row in ROWS])
 def test_ours_goes_the_way_of_stock(family, name):
-    stock, said = run(family, STOCK, name)
-    assert stock != FAILED, said
+    stock = run(family, STOCK, name)
+    assert stock.way != FAILED, stock.said
     for variant in OURS:
-        way, said = run(family, variant, name)
-        known = DIFFERENCES.get(name)
+        ours, known = run(family, variant, name), DIFFERENCES.get(name)
         if known is None or family not in known.families or variant not in known.variants:
-            assert way == stock, f"{variant}: stock {stock}, ours {way}: {said}"
+            assert (ours.way, ours.skips) == (stock.way, stock.skips), f"{variant}: {ours.said or stock.said}"
         else:
-            assert known.way != stock, f"{name} is no difference: stock classes go the same way"
-            assert way == known.way, f"{variant}: {way}, and the table says {known.way} ({known.reason}): {said}"
-            assert known.says in said, f"{variant}: another reason than the table's {known.says!r}: {said}"
+            assert known.way != stock.way, f"{name} is no difference: stock classes go the same way"
+            assert ours.way == known.way, f"{variant}: the table says {known.way}, {known.reason}: {ours.said}"
+            assert known.says in ours.said, f"{variant}: another reason than {known.says!r}: {ours.said}"
+
+
+@pytest.mark.parametrize("family", [family for family in families() if family in IMAGES])
+def test_old_names_map_where_they_are_asked_for(family, monkeypatch):
+    monkeypatch.setitem(Prunable.save_pretrained.__kwdefaults__, "save_original_format", True)
+    for variant in OURS:
+        ours = run(family, variant, "test_reverse_loading_mapping")
+        assert ours.way == PASSED, ours.said
+
+
+def test_a_fault_of_ours_is_seen(monkeypatch):
+    def without_loss(self, pixel_values, labels=None, **kwargs):
+        return forward(self, pixel_values, **kwargs)
+
+    ours = native_to_pruned()[ViTForImageClassification]
+    forward = ours.forward
+    assert run("ViT", NONE, "test_training").way == PASSED
+    monkeypatch.setattr(ours, "forward", without_loss)
+    assert run("ViT", NONE, "test_training").way == FAILED
 
 
 def test_every_family_is_tested():
