@@ -1,11 +1,13 @@
 """Transformers' own common tests, as its source package has them, unedited.
 
 `tests/test_modeling_common.py` and its like are fetched once, for the transformers that is installed, and imported as a
-package of another name than `tests`, which is taken: they import each other by relative names.
+package of another name than `tests`, which is taken: they import each other by relative names. What the package leaves
+out does not run: the tests of exporters, of generation and, behind `test_pipeline_mixin.py`, of pipelines.
 """
 
 import functools
 import importlib
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -16,6 +18,9 @@ import transformers
 from hf_tokenprune.packaged import Package, cache_dir, fetch, whole_folder
 
 
+# The same tests on every machine; transformers reads it on import.
+os.environ.setdefault("TRANSFORMERS_TEST_DEVICE", "cpu")
+
 SHA256 = {
     "5.17.0": "a153be279169b55b92d8000bf4af294aed684503d091cca7804da2dd8a9de000",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
@@ -23,8 +28,7 @@ SHA256 = {
 PINNED = transformers.__version__ in SHA256
 NOT_PINNED = f"the common tests of transformers {transformers.__version__} are not pinned, only {sorted(SHA256)}"
 NAME = "transformers_common_tests"
-# What the mixins import that the source package leaves out: its tests of exporters and of generation, which therefore
-# do not run, and the values that every config takes.
+# What the mixins import of what is left out: two bases without tests, and the values that every config takes.
 LEFT_OUT = {
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},

@@ -24,7 +24,7 @@ STOCK, NONE, TOP_K = VARIANTS = ("stock", "none", "top_k")
 PRUNINGS = {NONE: None, TOP_K: PruningConfig.preset("top_k", layers=[0], keep_rate=0.5)}
 PASSED, FAILED, SKIPPED = WAYS = ("passed", "failed", "skipped")
 LAYERS = 2  # as many as the common tests allow
-# As natively: images have no embeddings to give instead, and no table of words.
+# Images have no embeddings to give instead, and no table of words.
 ONLY_TEXT = ("test_inputs_embeds", "test_model_get_set_embeddings")
 
 
@@ -62,8 +62,10 @@ class Tester:
             return {"pixel_values": torch.rand(self.batch_size, 3, self.image_size, self.image_size)}
         mask = torch.randint(0, 2, shape)
         mask[:, 0] = 1  # holes anywhere but at the first token
-        kinds = torch.randint(0, self.native.type_vocab_size, shape)
-        return {"input_ids": torch.randint(0, self.vocab_size, shape), "token_type_ids": kinds, "attention_mask": mask}
+        inputs = {"input_ids": torch.randint(0, self.vocab_size, shape), "attention_mask": mask}
+        if hasattr(self.native, "type_vocab_size"):
+            inputs["token_type_ids"] = torch.randint(0, self.native.type_vocab_size, shape)
+        return inputs
 
 
 def _shallow(config: Any) -> Any:
@@ -91,7 +93,7 @@ def _renamed(names: str | tuple[str, ...], ours: dict[str, str]) -> tuple[str, .
 
 
 class CommonTests:
-    """Goes before the mixin. Each of our tests class stands for the file of tests that transformers has per model."""
+    """Goes before the mixin. With a family and a variant it stands for the file of tests that each native model has."""
 
     family: str
     variant: str
@@ -101,19 +103,20 @@ class CommonTests:
         for patch in _names_of_ours():
             patch.start()
             self.addCleanup(patch.stop)
-        verbosity = transformers.logging.get_verbosity()
-        self.addCleanup(transformers.logging.set_verbosity, verbosity)
+        self.addCleanup(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
         transformers.logging.set_verbosity_warning()  # some tests read the warnings
         transformers.set_seed(0)
         self.model_tester = Tester(self.family, self.variant)
-        if self._testMethodName == "test_reverse_loading_mapping" and hasattr(
-            self.model_tester.native, "use_swiglu_ffn"
-        ):
-            self.model_tester.native.use_swiglu_ffn = True  # some of the names that are mapped are of its weights
-        if not self.model_tester.text and self._testMethodName in ONLY_TEXT:
-            self.skipTest("images have no word embeddings")
-        if "training" in self._testMethodName or self._testMethodName == "test_problem_types":
-            # As natively: a head without a loss does not train.
+        self._as_natively(self._testMethodName)
+
+    def _as_natively(self, name: str) -> None:
+        """What the native models' own files change for one test."""
+        native = self.model_tester.native
+        if name == "test_reverse_loading_mapping" and hasattr(native, "use_swiglu_ffn"):
+            native.use_swiglu_ffn = True  # some of the names that are mapped are of its weights
+        if name in ONLY_TEXT and not self.model_tester.text:
+            self.skipTest("images have no embeddings of words")
+        if "training" in name or name == "test_problem_types":  # a head without a loss does not train
             self.all_model_classes = tuple(cls for cls in self.all_model_classes if "WithTeacher" not in cls.__name__)
 
     def _prepare_for_class(self, inputs: dict[str, Any], model_class: type, return_labels: bool = False) -> Any:
@@ -158,11 +161,16 @@ def tests_class(family: str, variant: str) -> type[unittest.TestCase]:
         "test_resize_embeddings": Tester(family, variant).text,
         # Not by the year that a config's file says: ours say none.
         "test_can_init_all_missing_weights_before_2023": True,
-        # As natively: DINOv2's mask token is for pre-training, and no loss reaches it.
-        "test_all_params_have_gradient": not family.startswith("DINOv2"),
+        # A mask token is for pre-training, and no loss reaches it.
+        "test_all_params_have_gradient": not _mask_token(natives[-1], Tester(family, STOCK).native),
         **{f"test_config_{name.partition('_config_')[2]}": _config_test(name) for name in checks},
     }
     return type(f"{family.replace(' ', '')}ModelTest", (CommonTests, mixin, unittest.TestCase), body)
+
+
+def _mask_token(native: type, config: Any) -> bool:
+    with torch.device("meta"):
+        return any(name.endswith("mask_token") for name, _ in native(config).named_parameters())
 
 
 def names_of_tests(family: str) -> list[str]:
