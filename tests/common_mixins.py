@@ -57,7 +57,7 @@ def mixins_folder() -> Path:
     version = transformers.__version__
     package = Package("transformers", version, SHA256[version], 10, f"transformers-{version}/tests", ())
     return whole_folder(
-        cache_dir() / f"{package.cache_name}-tests",
+        cache_dir() / package.cache_name,
         lambda partial: _unpack(fetch(package, partial / "source", source=True), package.folder, partial),
     )
 
