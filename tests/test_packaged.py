@@ -6,6 +6,7 @@ import importlib.util
 import io
 import subprocess
 import sys
+import tarfile
 import textwrap
 import zipfile
 from collections import Counter
@@ -205,6 +206,40 @@ def test_processes_share_one_download(fake, cache, tmp_path):
     assert outputs == [str(cache / "fake-models-1.0")] * 2
     assert_whole(cache / "fake-models-1.0")
     assert len(pip_calls(tmp_path)) == 1
+
+
+@pytest.fixture
+def source_package(tmp_path, monkeypatch):
+    """A source package whose setup leaves a mark when it runs, on a local index. Returns its entry and the mark."""
+    mark = tmp_path / "ran"
+    setup = (
+        f"import setuptools\nopen({str(mark)!r}, 'w').close()\nsetuptools.setup(name='fake-source', version='1.0')\n"
+    )
+    files = {"setup.py": setup, "PKG-INFO": "Metadata-Version: 2.1\nName: fake-source\nVersion: 1.0\n"}
+    archive = tmp_path / "index" / "fake-source-1.0.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as writer:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"fake-source-1.0/{name}")
+            member.size = len(text)
+            writer.addfile(member, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
+    return packaged.Package("fake-source", "1.0", hashlib.sha256(archive.read_bytes()).hexdigest(), 1, "", ()), mark
+
+
+def test_source_package_is_fetched(source_package, tmp_path):
+    package, mark = source_package
+    archive = packaged.fetch(package, tmp_path / "into" / "source", source=True)
+    assert hashlib.sha256(archive.read_bytes()).hexdigest() == package.sha256
+    assert mark.exists()  # pip runs it for its metadata
+
+
+def test_nothing_of_another_source_package_runs(source_package, tmp_path):
+    package, mark = source_package
+    with pytest.raises(packaged.PackagedFileError, match=r"cannot fetch package 'fake-source', version 1\.0"):
+        packaged.fetch(dataclasses.replace(package, sha256="0" * 64), tmp_path / "into" / "source", source=True)
+    assert not mark.exists()
 
 
 def test_missing_onnx_is_said_before_anything_is_fetched(fake, cache, tmp_path, monkeypatch):

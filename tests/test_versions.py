@@ -49,7 +49,8 @@ USED = {
     },
     "transformers.masking_utils": {"create_bidirectional_mask"},
     "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS"},
-    "transformers.utils": {"ModelOutput", "logging"},
+    "transformers.processing_utils": {"Unpack"},
+    "transformers.utils": {"ModelOutput", "TransformersKwargs", "logging"},
     "transformers.utils.generic": {"can_return_tuple"},
     "transformers.utils.hub": {"ModelCard"},  # where a model publishes itself, and there alone
 }

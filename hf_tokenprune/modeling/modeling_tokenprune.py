@@ -45,8 +45,6 @@ class Prunable(ModelRepository):
     """What base models and heads have in common for their user."""
 
     model_tags = ["token-pruning", "hf_tokenprune"]
-    # Half a float is too coarse for what is learned in small steps, and for what tells tokens apart.
-    _keep_in_fp32_modules_strict = {"token_mask", "token_budget", "token_prior"}
 
     def set_pruning(self, pruning: PruningConfig | dict | str | None) -> None:
         """Switches the pruning from now on. None is the exact unpruned model. What an objective has learned so far goes

@@ -18,6 +18,8 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
     eager_attention_forward,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenprune import TokenPruneConfigMixin
@@ -127,7 +129,7 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
         output_token_trace: bool | None = None,
         restore: bool = True,
         encoder_call: EncoderCall | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenPruneModelOutputWithCrossAttentions:
         """Takes what `BertModel` takes, and:
 
@@ -204,7 +206,7 @@ class TokenPruneBertHead(TokenPruneHead):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_token_trace: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """Takes what the native head takes, and `output_token_trace`."""
         return self.run_head(

@@ -19,6 +19,8 @@ from transformers.models.deit.modeling_deit import (
     DeiTPreTrainedModel,
     eager_attention_forward,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_tokenprune import TokenPruneConfigMixin
@@ -103,7 +105,7 @@ class TokenPruneDeiTForImageClassificationWithTeacher(TokenPruneHead, DeiTForIma
         interpolate_pos_encoding: bool = False,
         attention_mask: torch.Tensor | None = None,
         output_token_trace: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenPruneTwoHeadedOutput:
         """Takes what `DeiTForImageClassificationWithTeacher` takes, and `output_token_trace`."""
         return self.run_head(

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .modeling_tokenprune import TokenPruneHead, TokenPruneModel
@@ -108,7 +110,7 @@ class ViTLikeModel(ImageModel):
         output_token_trace: bool | None = None,
         restore: bool = True,
         encoder_call: EncoderCall | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenPruneModelOutput:
         """Takes what the native model takes, and:
 
@@ -148,7 +150,7 @@ class ViTLikeClassifier(TokenPruneHead):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         output_token_trace: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenPruneImageClassifierOutput:
         """Takes what the native classifier takes, and `output_token_trace`."""
         return self.run_head(
@@ -174,7 +176,7 @@ class Dinov2LikeModel(ImageModel):
         output_token_trace: bool | None = None,
         restore: bool = True,
         encoder_call: EncoderCall | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenPruneModelOutput:
         """Takes what the native model takes, and `output_token_trace` and `restore` as `ViTLikeModel` does.
 
@@ -207,7 +209,7 @@ class Dinov2LikeClassifier(TokenPruneHead):
         labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         output_token_trace: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenPruneImageClassifierOutput:
         """Takes what the native classifier takes, and `output_token_trace`.
 

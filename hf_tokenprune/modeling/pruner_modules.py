@@ -20,6 +20,8 @@ from .soft_pruning import BudgetMultipliers, mask_module
 ASKED = {"learned": "token_predictor", "token_prior": "token_prior"}
 PREDICTORS = ("token_predictor",)
 VALUES = ("token_mask", "token_budget")
+# Half a float is too coarse for what is learned in small steps, and for what tells tokens apart.
+IN_FLOAT32 = {*VALUES, ASKED["token_prior"]}
 
 
 class PrunerModules:
@@ -27,6 +29,9 @@ class PrunerModules:
 
     def post_init(self) -> None:
         self.fit_pruner()
+        # Of those that are there alone; a head gathers its base model's.
+        held = {name.rpartition(".")[2] for name, _ in self.named_modules()}
+        self._keep_in_fp32_modules_strict = IN_FLOAT32 & held
         super().post_init()
 
     def fit_pruner(self) -> None:
