@@ -62,12 +62,6 @@ DIFFERENCES = {
         SKIPPED,
         "No usage of the `capture_outputs` decorator.",
     ),
-    "test_retain_grad_hidden_states_attentions": Difference(
-        "what is returned is a copy beside the graph", FAILED, "unexpectedly None"
-    ),
-    "test_can_capture_specific_layers_hidden_states": Difference(
-        "output_hidden_states takes a list of layers for all", FAILED, "AssertionError"
-    ),
     f"{SDPA}_24_fp32_pad_left_output_attentions": HIDES_STRUCTURE,
     **{f"{SDPA}_{name}_pad_left_sdpa_kernels": HIDES_STRUCTURE for name in LEFT[0]},
     **{f"{SDPA}_{name}_pad_left": HIDES_STRUCTURE for name in LEFT[1]},

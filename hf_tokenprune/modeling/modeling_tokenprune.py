@@ -177,7 +177,7 @@ class TokenPruneModel(PrunerModules, Prunable):
         given = {wish: kwargs.get(f"output_{wish}") for wish in ("hidden_states", "attentions")}
         asked = {w: getattr(self.config, f"output_{w}", False) if v is None else v for w, v in given.items()}
         call.attentions = bool(asked["attentions"])
-        call.hidden_states = _wanted_states(asked["hidden_states"], len(self.token_layers()) + 1)
+        call.hidden_states, call.first_shown = _wanted_states(asked["hidden_states"], len(self.token_layers()))
         call.native_layers = self._native_layers()
         call.work = call.work or self.softening is not None
         if call.attentions and self.config._attn_implementation != "eager":
@@ -335,7 +335,7 @@ class TokenPruneModel(PrunerModules, Prunable):
         call.pruning_loss = self.pruning_loss(call)
         return self.output_class(
             **self._sequence_outputs(hidden, state, bank, call),
-            hidden_states=None if call.hidden_states is False else tuple(hidden_states),
+            hidden_states=None if call.hidden_states is False else tuple(hidden_states[call.first_shown :]),
             attentions=tuple(attentions) if call.attentions else None,
             token_trace=call.token_trace(),
             pruning_loss=call.pruning_loss,
@@ -408,12 +408,18 @@ class TokenPruneModel(PrunerModules, Prunable):
         call.layer_work.append(LayerWork(*counts, plan.site, before.input.prefix))
 
 
-def _wanted_states(asked: Any, states: int) -> bool | frozenset[int]:
-    """Whether all hidden states are asked for, none, or those at some indices, negative ones from the end."""
+def _wanted_states(asked: Any, layers: int) -> tuple[bool | frozenset[int], int]:
+    """Which hidden states are asked for, and how many of the first are not shown at all: 0 or 1.
+
+    All, none, or those at some indices, negative ones from the end. Before 5.20 indices counted layers.
+    """
+    if selected_hidden_states is None and isinstance(asked, list | tuple | set):
+        return frozenset(index + 1 for index in asked), 1
     selected = selected_hidden_states(asked) if asked and selected_hidden_states is not None else None
     if selected is None:
-        return bool(asked)
-    return frozenset(index % states for index in selected if -states <= index < states)
+        return bool(asked), 0
+    states = layers + 1
+    return frozenset(index % states for index in selected if -states <= index < states), 0
 
 
 def _show(

@@ -114,7 +114,8 @@ class EncoderCall:
 
     Args:
         first_token_only: the head reads each sample's first token alone.
-        trace, work, scores, hidden_states, attentions: what to collect; of hidden states all, or those at some indices.
+        trace, work, scores, hidden_states, attentions: what to collect; of hidden states all, or those at some
+            indices; first_shown: the index from which on they are shown.
         restore: whether the sequence comes back in full length.
         native_layers: hooks look at what goes through, and nothing is pruned: native layers do the work.
         texts: where the texts lie, if the input was flattened.
@@ -130,6 +131,7 @@ class EncoderCall:
     work: bool = False
     scores: bool = False
     hidden_states: bool | frozenset[int] = False
+    first_shown: int = 0
     attentions: bool = False
     restore: bool = True
     native_layers: bool = False
