@@ -63,6 +63,11 @@ def takes_images(config: PreTrainedConfig) -> bool:
     return hasattr(config, "patch_size")
 
 
+def problem_of(config: PreTrainedConfig) -> str:
+    """What a classifier's loss takes its logits for, as `problem_type` names it; natively one logit is a number."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+
+
 def activation_of(config: PreTrainedConfig) -> str:
     """What makes scores of a classifier's logits, as its pipeline has it: `"softmax"`, `"sigmoid"` or `"none"`."""
     if config.problem_type == "regression":
