@@ -8,6 +8,7 @@ import ast
 import json
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import datasets
@@ -158,7 +159,7 @@ def _problem(splits: datasets.DatasetDict, where: str, usual: str | None) -> str
     distinct = {value for split in splits.values() for value in split.unique("label")}
     count, rows = len(distinct), sum(map(len, splits.values()))
     shared = count <= 2 or 2 * count <= rows
-    if _is_text(feature) or not all(map(_is_number, distinct)):
+    if _is_text(feature) or not all(isinstance(value, int | float | Decimal) for value in distinct):
         fractions = [text for text in distinct if _fraction(text)]
         if fractions and all(_number(text) is not None for text in distinct):
             raise ValueError(
@@ -179,10 +180,6 @@ def _problem(splits: datasets.DatasetDict, where: str, usual: str | None) -> str
             f"say whether they are {CLASSES!r} or {REGRESSION!r}"
         )
     return CLASSES
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, str | bytes | bool) and _number(value) is not None
 
 
 def _number(value: Any) -> float | None:
