@@ -42,6 +42,7 @@ HEADS = {
     "ForImageClassificationWithTeacher": Task(AutoModelForImageClassification),
 }
 NO_HEAD = Task(AutoModel)
+CLASSIFY = ("text-classification", "image-classification")  # what gives an input a class, a number or several labels
 
 
 def task_of(architecture: str | None) -> Task:

@@ -122,6 +122,18 @@ TITLES = MappingProxyType(
         "exact_match": "exact match",
     }
 )
+# What the Hub's metadata call them.
+HUB_NAMES = MappingProxyType(
+    {
+        "accuracy": "accuracy",
+        "pearson": "pearsonr",
+        "spearman": "spearmanr",
+        "mse": "mse",
+        "f1_micro": "f1",
+        "f1_macro": "f1",
+        "exact_match": "exact_match",
+    }
+)
 LOWER_IS_BETTER = ("mse", "gmacs", "mac_ratio")  # of what an evaluation says, beside losses
 
 

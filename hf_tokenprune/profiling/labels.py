@@ -5,10 +5,9 @@ from typing import Any
 import datasets
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints import task_of
+from ..checkpoints import CLASSIFY, task_of
 
 
-CLASSIFY = ("text-classification", "image-classification")
 SHOWN = 8  # names of classes that an error lists
 
 
