@@ -23,7 +23,7 @@ PROBLEMS = (REGRESSION, MULTI_LABEL, CLASSES)
 # Whole numbers are classes where there are few: so many, or one for so many rows.
 FEW_CLASSES, ROWS_OF_A_CLASS = 20, 10
 NUMBER = datasets.Value("float32")
-_LISTS = (datasets.List, datasets.LargeList)
+LISTS = (datasets.List, datasets.LargeList)
 
 
 def check_problem(name: str | None) -> str | None:
@@ -133,7 +133,7 @@ def encode_labels(
     """
     feature, where = splits["train"].features["label"], f"column {column!r} of {name}"
     check_problem(problem_type)
-    if isinstance(feature, _LISTS):
+    if isinstance(feature, LISTS):
         if problem_type not in (None, MULTI_LABEL):
             raise ValueError(
                 f"{where} holds lists, several labels a row; problem_type ({problem_type!r}) must be {MULTI_LABEL!r}"
@@ -161,7 +161,7 @@ def _problem(splits: datasets.DatasetDict, where: str, usual: str | None) -> str
     shared = count <= 2 or 2 * count <= rows
     if _is_text(feature) or not all(isinstance(value, int | float | Decimal) for value in distinct):
         fractions = [text for text in distinct if _fraction(text)]
-        if fractions and all(_number(text) is not None for text in distinct):
+        if fractions and all(number_of(text) is not None for text in distinct):
             raise ValueError(
                 f"{where} holds texts that are numbers ({min(fractions)!r}); problem_type must say whether they are "
                 f"{REGRESSION!r} or {CLASSES!r}"
@@ -182,7 +182,7 @@ def _problem(splits: datasets.DatasetDict, where: str, usual: str | None) -> str
     return CLASSES
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
     """What is meant by a value or a text; None: no finite number."""
     try:
         number = float(value)
@@ -214,7 +214,7 @@ def _classes(splits: datasets.DatasetDict, where: str) -> datasets.DatasetDict:
 def _numbers(splits: datasets.DatasetDict, where: str) -> datasets.DatasetDict:
     distinct = {value for split in splits.values() for value in split.unique("label")}
     for value in distinct:
-        if _number(value) is None:
+        if number_of(value) is None:
             raise ValueError(f"{_place(splits, value)}: label ({value!r}) must be a finite number, for a {REGRESSION}")
     if len(distinct) < 2:
         raise ValueError(f"{where} (only {distinct.pop()!r}) must hold at least two different numbers")
