@@ -37,7 +37,7 @@ def why_unlabelled(model: PreTrainedModel, rows: datasets.Dataset, column: str) 
     if any(label in missing for label in rows["label"]):
         return f"column {column!r} is empty in some rows"
     wrong = [label for label in rows["label"] if problem == REGRESSION and number_of(label) is None]
-    return f"column {column!r} holds {wrong[0]!r}, and {name} ({kind}) gives numbers" if wrong else None
+    return f"{name} ({kind}) gives numbers, and column {column!r} holds {wrong[0]!r}" if wrong else None
 
 
 def model_labels(splits: datasets.DatasetDict, rows: datasets.Dataset, config: PreTrainedConfig) -> list[Any]:
