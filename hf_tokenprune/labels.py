@@ -138,7 +138,7 @@ def encode_labels(
             raise ValueError(
                 f"{where} holds lists, several labels a row; problem_type ({problem_type!r}) must be {MULTI_LABEL!r}"
             )
-        return _several(splits, where)
+        return _several(splits, where, told=problem_type is not None)
     if not isinstance(feature, datasets.ClassLabel | datasets.Value):
         raise ValueError(f"{where} ({feature}) must hold one class, one number or one list of labels a row")
     if problem_type == MULTI_LABEL:
@@ -221,8 +221,12 @@ def _numbers(splits: datasets.DatasetDict, where: str) -> datasets.DatasetDict:
     return _replaced(splits, float, NUMBER)
 
 
-def _several(splits: datasets.DatasetDict, where: str) -> datasets.DatasetDict:
-    """Lists of labels as the numbers of those that are there, in order and each once."""
+def _several(splits: datasets.DatasetDict, where: str, *, told: bool) -> datasets.DatasetDict:
+    """Lists of labels as the numbers of those that are there, in order and each once.
+
+    Args:
+        told: whether `problem_type` says so: then labels that no two rows share are taken, too.
+    """
     inner = splits["train"].features["label"].feature
     rows = [(name, row, values) for name, split in splits.items() for row, values in enumerate(_stored(split))]
     for name, row, values in rows:
@@ -237,7 +241,19 @@ def _several(splits: datasets.DatasetDict, where: str) -> datasets.DatasetDict:
     elif not isinstance(inner, datasets.ClassLabel):
         if any(isinstance(value, bool) for values in lists for value in values):
             raise ValueError(f"{where} must hold lists of one length, where they hold truth values")
-        numbers = {value: number for number, value in enumerate(sorted({value for each in lists for value in each}))}
+        for name, row, values in rows:
+            if len(set(values)) < len(values) and not isinstance(values[0], str):
+                raise ValueError(
+                    f"row {row} of {name}: label ({values!r}) must not hold a number twice; lists of 0 and 1 must be "
+                    "of one length"
+                )
+        held = [value for split in splits.values() for each in split["label"] for value in each]
+        numbers = {value: number for number, value in enumerate(sorted(set(held)))}
+        if not told and len(numbers) > 2 and 2 * len(numbers) > len(held):
+            raise ValueError(
+                f"{where} ({len(numbers)} different labels, {len(held)} in all) must hold labels that rows share; "
+                f"problem_type {MULTI_LABEL!r} takes them as they are"
+            )
         names = [str(int(value) if isinstance(value, float) else value) for value in numbers]
         splits = _replaced(splits, lambda row: sorted({numbers[value] for value in row}), _names(names))
     names = splits["train"].features["label"].feature.names

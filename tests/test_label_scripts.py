@@ -170,6 +170,13 @@ def test_a_checkpoints_problem_is_respected(room, trained, tmp_path, caplog):
     assert "the checkpoint's head is of regression" in caplog.text
 
 
+def test_a_checkpoint_of_another_problem_learns_what_the_data_say(room, trained, tmp_path):
+    for problem, source in ((CLASSES, MULTI_LABEL), (MULTI_LABEL, REGRESSION), (CLASSES, REGRESSION)):
+        place = {"model_name_or_path": str(trained(source) / "model"), "max_steps": 1}
+        report = finetune(*parsed(given(room, problem, tmp_path / f"{source}-{problem}", **place)))
+        assert report["problem_type"] == problem and np.isfinite(report["test"]["test_loss"])
+
+
 REFUSED = {
     "smoothing": (
         REGRESSION,

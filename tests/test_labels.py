@@ -143,6 +143,16 @@ REFUSED = {
         "row 0 of train: label ([0.5, 1.0]) must be names, numbers",
     ),
     "ragged truth": ([[True], [True, False]] * 5, {}, "must hold lists of one length, where they hold truth values"),
+    "ragged 0 and 1": (
+        [[0, 1, 0], [1, 1]] * 5,
+        {},
+        "row 0 of train: label ([0, 1, 0]) must not hold a number twice; li",
+    ),
+    "a label a row": (
+        [[f"c{i}"] for i in range(30)],
+        {},
+        "(30 different labels, 30 in all) must hold labels that rows",
+    ),
     "one label": ([["a"], []] * 5, {}, "(only 'a') must hold at least two labels"),
     "no label": ([[], []] * 5, {}, "(no label) must hold at least two labels"),
     "lists as classes": ([["a"], ["b"]] * 5, {"problem_type": CLASSES}, "holds lists, several labels a row"),
