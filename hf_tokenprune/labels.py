@@ -228,38 +228,50 @@ def _several(splits: datasets.DatasetDict, where: str, *, told: bool) -> dataset
         told: whether `problem_type` says so: then labels that no two rows share are taken, too.
     """
     inner = splits["train"].features["label"].feature
-    rows = [(name, row, values) for name, split in splits.items() for row, values in enumerate(_stored(split))]
-    for name, row, values in rows:
-        if any(value is None or value != value for value in values):
-            raise ValueError(f"row {row} of {name}: label ({values!r}) must have a value in every place")
-        if any(isinstance(value, list | dict) or _fraction(value) for value in values if not isinstance(value, str)):
-            raise ValueError(f"row {row} of {name}: label ({values!r}) must be names, numbers of labels, or 0 and 1")
-    lists = [values for _, _, values in rows]
+    rows = [(f"row {row} of {name}", each) for name, split in splits.items() for row, each in enumerate(_stored(split))]
+    _check_lists(rows)
+    lists = [values for _, values in rows]
     if are_flags(lists, inner):
         names = [f"LABEL_{place}" for place in range(len(lists[0]))]
         splits = _replaced(splits, lambda row: [place for place, there in enumerate(row) if there], _names(names))
     elif not isinstance(inner, datasets.ClassLabel):
-        if any(isinstance(value, bool) for values in lists for value in values):
-            raise ValueError(f"{where} must hold lists of one length, where they hold truth values")
-        for name, row, values in rows:
-            if len(set(values)) < len(values) and not isinstance(values[0], str):
-                raise ValueError(
-                    f"row {row} of {name}: label ({values!r}) must not hold a number twice; lists of 0 and 1 must be "
-                    "of one length"
-                )
-        held = [value for split in splits.values() for each in split["label"] for value in each]
-        numbers = {value: number for number, value in enumerate(sorted(set(held)))}
-        if not told and len(numbers) > 2 and 2 * len(numbers) > len(held):
-            raise ValueError(
-                f"{where} ({len(numbers)} different labels, {len(held)} in all) must hold labels that rows share; "
-                f"problem_type {MULTI_LABEL!r} takes them as they are"
-            )
-        names = [str(int(value) if isinstance(value, float) else value) for value in numbers]
-        splits = _replaced(splits, lambda row: sorted({numbers[value] for value in row}), _names(names))
+        _check_no_flags(rows)
+        splits = _numbered(splits, where, told=told)
     names = splits["train"].features["label"].feature.names
     if len(names) < 2:
         raise ValueError(f"{where} ({'only ' + repr(names[0]) if names else 'no label'}) must hold at least two labels")
     return splits
+
+
+def _check_lists(rows: Sequence[tuple[str, list]]) -> None:
+    for place, values in rows:
+        if any(value is None or value != value for value in values):
+            raise ValueError(f"{place}: label ({values!r}) must have a value in every place")
+        if any(isinstance(value, list | dict) or _fraction(value) for value in values if not isinstance(value, str)):
+            raise ValueError(f"{place}: label ({values!r}) must be names, numbers of labels, or 0 and 1")
+
+
+def _check_no_flags(rows: Sequence[tuple[str, list]]) -> None:
+    """Raises a ValueError for 0 and 1, or truth values, that would be taken for the numbers of labels."""
+    for place, values in rows:
+        twice = len(set(values)) < len(values) and not isinstance(values[0], str)
+        if twice or any(isinstance(value, bool) for value in values):
+            raise ValueError(
+                f"{place}: label ({values!r}) must be names or numbers of labels, none twice; lists that say of each "
+                "label whether it is there must be of one length"
+            )
+
+
+def _numbered(splits: datasets.DatasetDict, where: str, *, told: bool) -> datasets.DatasetDict:
+    held = [value for split in splits.values() for each in split["label"] for value in each]
+    numbers = {value: number for number, value in enumerate(sorted(set(held)))}
+    if not told and len(numbers) > 2 and 2 * len(numbers) > len(held):
+        raise ValueError(
+            f"{where} ({len(numbers)} different labels, {len(held)} in all) must hold labels that rows share; "
+            f"problem_type {MULTI_LABEL!r} takes them as they are"
+        )
+    names = [str(int(value) if isinstance(value, float) else value) for value in numbers]
+    return _replaced(splits, lambda row: sorted({numbers[value] for value in row}), _names(names))
 
 
 def are_flags(lists: Sequence[Sequence[Any]], inner: Any) -> bool:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_tokenprune import TokenPruneTrainingArguments
-from hf_tokenprune.hub.cards import evaluation_results, measured_card
+from hf_tokenprune.hub.cards import evaluation_results, measured_card, unmeasured_card
 from hf_tokenprune.labels import CLASSES, MULTI_LABEL, REGRESSION
 from hf_tokenprune.metrics import JUDGEMENTS
 from hf_tokenprune.training.comparison import quality_table, scores_of, summarise
@@ -306,6 +306,18 @@ def compared(room: Path, problem: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def use_is_as_it_says(card: str, problem: str) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
+    known: dict[str, Any] = {}
+    exec(block, known)
+    logits = known["outputs"].logits[0]
+    if problem == REGRESSION:
+        assert known["number"] == logits[0].item()
+    else:
+        names = known["model"].config.id2label
+        assert known["labels"] == [names[i] for i in range(3) if logits[i] > 0]
+
+
 @pytest.mark.parametrize("problem", [REGRESSION, MULTI_LABEL])
 def test_a_card_has_the_metrics_of_its_problem(room, problem, tmp_path):
     evidence = json.loads(json.dumps(compared(room, problem, tmp_path)))
@@ -315,7 +327,8 @@ def test_a_card_has_the_metrics_of_its_problem(room, problem, tmp_path):
         assert own.to_control == pytest.approx(own.value - control.value, abs=1e-9) and control.to_control == 0
         assert own.interval[0] <= own.to_control <= own.interval[1] and own.interval_to_baseline is not None
         assert control.interval == [0.0, 0.0]
-    card = measured_card(ABOUT, evidence, recipe="r", picture="p.png", template=ROOT / "model_cards" / "template.md")
+    model, template = tmp_path / "pruned" / "model", ROOT / "model_cards" / "template.md"
+    card = measured_card(ABOUT, evidence, recipe="r", picture="p.png", template=template, address=str(model))
     text, data = str(card), card.data
     assert "accuracy" not in text and not re.findall(r"Undefined|\bNone\b|\bnan\b", text.partition("## Use")[0])
     hub = {REGRESSION: ["pearsonr", "spearmanr", "mse"], MULTI_LABEL: ["f1", "exact_match"]}[problem]
@@ -325,7 +338,12 @@ def test_a_card_has_the_metrics_of_its_problem(room, problem, tmp_path):
     title = main.words["title"]
     assert f"| {title} | {main.value:.4f} (seed 42) |" in text and f"{main.to_control:+.4f} in {title} (95 %" in text
     assert f"| 0.8 | {evidence['quality'][1]['at_budgets'][0][0]['mac_ratio_to_stock']:.3f} | " in text
-    assert ("outputs.logits[0, 0]" in text) == (problem == REGRESSION)
+    use_is_as_it_says(text, problem)
+    bare = unmeasured_card(
+        AutoModelForSequenceClassification.from_pretrained(model), title="t", base_model=None, license="mit",
+        template=template, address=str(model),
+    )  # fmt: skip
+    use_is_as_it_says(str(bare), problem)
     assert quality_table(evidence["quality"]).splitlines()[0].startswith(f"| run | {title} | of each seed | to the con")
     (entry,) = evaluation_results(ABOUT, evidence)
     assert entry["value"] == round(main.value, 4) and title in entry["notes"]

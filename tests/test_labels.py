@@ -142,11 +142,15 @@ REFUSED = {
         {},
         "row 0 of train: label ([0.5, 1.0]) must be names, numbers",
     ),
-    "ragged truth": ([[True], [True, False]] * 5, {}, "must hold lists of one length, where they hold truth values"),
+    "ragged truth": (
+        [[True], [True, False]] * 5,
+        {},
+        "row 0 of train: label ([True]) must be names or numbers of labels",
+    ),
     "ragged 0 and 1": (
         [[0, 1, 0], [1, 1]] * 5,
         {},
-        "row 0 of train: label ([0, 1, 0]) must not hold a number twice; li",
+        "label ([0, 1, 0]) must be names or numbers of labels, none twice; lists",
     ),
     "a label a row": (
         [[f"c{i}"] for i in range(30)],
