@@ -138,27 +138,34 @@ LOWER_IS_BETTER = ("mse", "gmacs", "mac_ratio")  # of what an evaluation says, b
 
 
 def _pearson(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of items [n], or [R, n], each so many times there: [R]."""
-    total = weights.sum(axis=-1, keepdims=True)
-    a, b = (x - (weights * x).sum(axis=-1, keepdims=True) / total for x in (a, b))
-    both, own, other = ((weights * x * y).sum(axis=-1) for x, y in ((a, b), (a, a), (b, b)))
-    size = np.sqrt(own * other)
-    told = size > 1e-12 * total[..., 0]
-    return np.where(told, both / np.where(told, size, 1.0), 0.0)
+    """Of items [n], each so many times there: [R]."""
+    a, b = ((x - x.mean()) / (x.std() or 1.0) for x in (a, b))  # so that sums of squares keep their digits
+    sums = weights @ np.stack([a, b, a * a, b * b, a * b], axis=1) / weights.sum(axis=-1, keepdims=True)
+    return _correlation(*sums.T)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray, aa: np.ndarray, bb: np.ndarray, ab: np.ndarray) -> np.ndarray:
+    """From means of values, of their squares and of their products; 0 where one of the two does not vary."""
+    size = np.sqrt(np.maximum(aa - a * a, 0.0) * np.maximum(bb - b * b, 0.0))
+    told = size > 1e-12
+    return np.where(told, (ab - a * b) / np.where(told, size, 1.0), 0.0)
 
 
 def _ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The mean rank of each item [R, n] among all, each so many times there."""
+    """The mean rank of each item [R, n] among all, each so many times there, from -0.5 to 0.5."""
     place = rankdata(values, method="dense") - 1
-    groups = np.zeros((len(weights), place.max() + 1))
     order = np.argsort(place, kind="stable")
     starts = np.flatnonzero(np.diff(place[order], prepend=-1))
-    groups[:] = np.add.reduceat(weights[:, order], starts, axis=1)
-    return (groups.cumsum(axis=1) - groups / 2 + 0.5)[:, place]
+    groups = np.add.reduceat(weights[:, order], starts, axis=1)
+    middle = (groups.cumsum(axis=1) - groups / 2) / weights.sum(axis=1, keepdims=True) - 0.5
+    return middle[:, place]
 
 
 def _spearman(weights: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return _pearson(weights, _ranks(weights, a), _ranks(weights, b))
+    a, b, total = _ranks(weights, a), _ranks(weights, b), weights.sum(axis=-1)
+    wa, wb = weights * a, weights * b
+    products = (np.einsum("rn,rn->r", x, y) for x, y in ((wa, a), (wb, b), (wa, b)))
+    return _correlation(wa.sum(axis=-1) / total, wb.sum(axis=-1) / total, *(each / total for each in products))
 
 
 def _f1(weights: np.ndarray, a: np.ndarray, b: np.ndarray, *, macro: bool) -> np.ndarray:
@@ -193,7 +200,7 @@ def bootstrap(
     other: ArrayLike | None = None,
     *,
     confidence: float = 0.95,
-    resamples: int = 9999,
+    resamples: int = 1999,
     seed: int = 0,
 ) -> tuple[float, float]:
     """The percentile interval of a metric, or of its difference to other predictions of the same items.
@@ -214,6 +221,8 @@ def bootstrap(
             f"predictions {own.shape} and other {np.shape(other)} must be of one shape, [seeds, *references "
             f"{references.shape}], and not empty"
         )
+    if others is not None and np.array_equal(own, others):
+        return 0.0, 0.0
     score, chance = _SCORES[metric], np.random.default_rng(seed)
     values, (count, n) = np.empty(resamples), own.shape[:2]
     at_once = max(1, min(DRAWN_AT_ONCE, NUMBERS_AT_ONCE // n))

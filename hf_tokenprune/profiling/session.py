@@ -90,7 +90,6 @@ class Session:
             verdict=verdict(timings, by_batch_size, left, self.size, str(self.where["device"])),
             notes=[
                 *notes,
-                *([f"No accuracy: {self.subject.unlabelled}."] if self.subject.unlabelled else []),
                 *self._judged(),
                 *_of_the_cpu(self.subject.device),
                 *self._too_large(),
@@ -103,11 +102,14 @@ class Session:
         )
 
     def _judged(self) -> list[str]:
-        """By what, where it is no accuracy."""
+        """By what, where it is no accuracy; or why by nothing."""
         problem = problem_of(self.models["pruned"].config)
+        title = TITLES[JUDGEMENTS[problem].names[0]]
+        if self.subject.unlabelled:
+            return [f"No {title}: {self.subject.unlabelled}."]
         if self.subject.labels is None or problem == CLASSES:
             return []
-        return [f"Labels are of a {problem}: the curve is of {TITLES[JUDGEMENTS[problem].names[0]]}."]
+        return [f"Labels are of a {problem}: the curve is of {title}."]
 
     def _too_large(self) -> list[str]:
         """Sizes of batches that there are too few inputs for, in words."""

@@ -70,7 +70,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
     Raises:
         TypeError: a model that is not ours.
         ValueError: a teacher with other labels, vocabulary or (for its tokens) width, distillation without a teacher, a
-            sandwich without budgets, several GPUs in one process.
+            sandwich without budgets, several GPUs in one process, label smoothing of what is no choice of one class.
     """
 
     args: TokenPruneTrainingArguments
