@@ -125,7 +125,7 @@ def encode_labels(
     Args:
         column, name: of the data, for errors.
         problem_type: how the column is to be read, whatever it looks like.
-        usual: the checkpoint's, which decides where whole numbers could be either: a regression stays one.
+        usual: the checkpoint's, which decides where whole numbers or texts could be either: a regression stays one.
 
     Raises:
         ValueError: a column that holds neither, or not what is asked for; one that could be read in two ways; a value
@@ -162,6 +162,8 @@ def _problem(splits: datasets.DatasetDict, where: str, usual: str | None) -> str
     if _is_text(feature) or not all(isinstance(value, int | float | Decimal) for value in distinct):
         fractions = [text for text in distinct if _fraction(text)]
         if fractions and all(number_of(text) is not None for text in distinct):
+            if usual == REGRESSION:
+                return REGRESSION
             raise ValueError(
                 f"{where} holds texts that are numbers ({min(fractions)!r}); problem_type must say whether they are "
                 f"{REGRESSION!r} or {CLASSES!r}"
@@ -349,6 +351,6 @@ def described(splits: datasets.DatasetDict, column: str, *, asked: bool, checkpo
     else:
         kind = "classes" if problem == CLASSES else "labels, any number of them a row"
         held = f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-    why = "as problem_type says" if asked else "problem_type would say otherwise"
+    why = "as problem_type says" if asked else "problem_type can say otherwise"
     other = f"; the checkpoint's head is of {checkpoint}" if checkpoint not in (None, problem) else ""
     return f"label column {column!r} is read as {problem}: {held} ({why}{other})"

@@ -113,6 +113,7 @@ def test_a_checkpoint_decides_where_whole_numbers_could_be_either(tmp_path):
     for usual, problem in ((REGRESSION, REGRESSION), (CLASSES, CLASSES), (MULTI_LABEL, CLASSES), (None, CLASSES)):
         assert problem_of_labels(read(tmp_path, [0, 1, 2] * 5, usual_problem=usual)) == problem
     assert problem_of_labels(read(tmp_path, list(range(3000)), usual_problem=REGRESSION)) == REGRESSION
+    assert problem_of_labels(read(tmp_path, ["1.5", "2"] * 5, usual_problem=REGRESSION)) == REGRESSION
     assert problem_of_labels(read(tmp_path, ["a", "b"] * 5, usual_problem=REGRESSION)) == CLASSES
     assert problem_of_labels(read(tmp_path, [0.5, 1.5] * 5, usual_problem=CLASSES)) == REGRESSION
 
@@ -209,7 +210,7 @@ def test_a_number_of_minus_one_is_a_label_unless_all_are(tmp_path):
 def test_one_line_says_what_labels_were_taken_for(tmp_path):
     said = described(read(tmp_path, [0.0, 2.5, 5.0] * 5), "score", asked=False, checkpoint=CLASSES)
     assert said == (
-        "label column 'score' is read as regression: numbers from 0 to 5 (problem_type would say otherwise; the "
+        "label column 'score' is read as regression: numbers from 0 to 5 (problem_type can say otherwise; the "
         "checkpoint's head is of single_label_classification)"
     )
     said = described(read(tmp_path, [["b"], ["a"]] * 5), "label", asked=True)
