@@ -5,6 +5,7 @@ Shapes: B rows of a batch, R rows of a shard, N tokens, D features, C classes.
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -229,7 +230,7 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Answers(ABC):
     """Logits [R, C] as columns and, if asked for, themselves."""
 
     count: int
@@ -243,11 +244,13 @@ class Answers:
     def __call__(self, logits: torch.Tensor) -> dict[str, pa.Array]:
         return self.own_columns(logits) | ({"logits": _vectors(logits)} if self.with_logits else {})
 
+    @abstractmethod
     def own_features(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Of `own_columns`, by name."""
 
+    @abstractmethod
     def own_columns(self, logits: torch.Tensor) -> dict[str, pa.Array]:
-        raise NotImplementedError
+        """What the logits say."""
 
 
 @dataclass(frozen=True)
