@@ -42,6 +42,7 @@ HEADS = {
     "ForImageClassificationWithTeacher": Task(AutoModelForImageClassification),
 }
 NO_HEAD = Task(AutoModel)
+CLASSIFY = ("text-classification", "image-classification")  # what gives an input a class, a number or several labels
 
 
 def task_of(architecture: str | None) -> Task:
@@ -61,6 +62,11 @@ def saved_task(config: PreTrainedConfig) -> Task:
 
 def takes_images(config: PreTrainedConfig) -> bool:
     return hasattr(config, "patch_size")
+
+
+def problem_of(config: PreTrainedConfig) -> str:
+    """What a classifier's loss takes its logits for, as `problem_type` names it; natively one logit is a number."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
 def activation_of(config: PreTrainedConfig) -> str:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from . import packaged
+from .labels import PROBLEMS, encode_labels, gathered
 
 
 def load_classification(
@@ -21,8 +22,11 @@ def load_classification(
     label_column: str = "label",
     images: bool = False,
     labelled: bool = True,
+    problem_type: str | None = None,
+    usual_problem: str | None = None,
+    label_separator: str | None = None,
 ) -> datasets.DatasetDict:
-    """Loads a data set and brings it to the columns `text` (str) or `image` (Image), and `label` (ClassLabel).
+    """Loads a data set and brings it to the columns `text` (str) or `image` (Image), and `label` (as `encode_labels`).
 
     The splits are `train` and `test`.
 
@@ -32,6 +36,8 @@ def load_classification(
         config: the data set's configuration, where it has several.
         images: whether `input_column` must hold images; otherwise it must hold text.
         labelled: whether `label` must be there; if not, it is as the file has it, and is missing where that has none.
+        problem_type, usual_problem: as `encode_labels` takes them.
+        label_separator: as `gathered` takes it; so does `label_column`, of several columns.
 
     Raises:
         ValueError: data that cannot be read or have no rows, columns that are not there or hold something else, rows
@@ -39,7 +45,7 @@ def load_classification(
     """
     if input_column == label_column:
         raise ValueError(f"column {input_column!r} must not be both the input and the label")
-    splits = _load(name, config, label_column)
+    splits = _load(name, config, label_column, label_separator)
     if not all(map(len, splits.values())):
         raise ValueError(_no_rows(name))
     columns = [input_column]
@@ -55,14 +61,7 @@ def load_classification(
     splits = splits.rename_columns({a: b for a, b in zip(columns, ("image" if images else "text", "label")) if a != b})
     if not labelled:
         return splits
-    if not isinstance(splits["train"].features["label"], datasets.ClassLabel):
-        if not isinstance(splits["train"].features["label"], datasets.Value):
-            raise ValueError(f"column {label_column!r} of {name} must hold one class a row")
-        splits = _encode_labels(splits)
-    names = splits["train"].features["label"].names
-    if len(names) < 2:
-        raise ValueError(f"column {label_column!r} of {name} (only {names[0]!r}) must hold at least two classes")
-    return splits
+    return encode_labels(splits, column=label_column, name=name, problem_type=problem_type, usual=usual_problem)
 
 
 def check_column(name: str, feature: Any, *, images: bool) -> None:
@@ -122,14 +121,25 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
     image_column: str | None = field(default=None, metadata={"help": "Column with images, in place of text."})
-    label_column: str = field(default="label", metadata={"help": "Column with the class."})
+    label_column: str = field(
+        default="label",
+        metadata={
+            "help": "Column with the class, the number or the labels; or columns of 0 and 1: 'toxic,rude,threat'."
+        },
+    )
+    label_separator: str | None = field(
+        default=None, metadata={"help": "What stands between the labels of one text, where a row has several."}
+    )
+    problem_type: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(PROBLEMS)}; told from the labels if not given."}
+    )
     max_length: int = field(default=256, metadata={"help": "Tokens that a text is cut to."})
     image_size: int | None = field(
         default=None,
         metadata={"help": "Pixels of the side that images are brought to; the processor's own if not given."},
     )
 
-    def load(self, *, labelled: bool = True) -> datasets.DatasetDict:
+    def load(self, *, labelled: bool = True, usual_problem: str | None = None) -> datasets.DatasetDict:
         """As `load_classification`."""
         return load_classification(
             self.dataset_name,
@@ -138,33 +148,22 @@ class DataArguments:
             label_column=self.label_column,
             images=self.image_column is not None,
             labelled=labelled,
+            problem_type=self.problem_type,
+            usual_problem=usual_problem,
+            label_separator=self.label_separator,
         )
 
 
-def _encode_labels(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """One numbering for all splits, though a class may be missing in one of them."""
-    values = {value for split in splits.values() for value in split.unique("label")}
-    numbers = {value: number for number, value in enumerate(sorted(values))}
-    feature = datasets.ClassLabel(names=[str(value) for value in numbers])
-    return datasets.DatasetDict(
-        {
-            name: split.remove_columns("label").add_column(
-                "label", [numbers[value] for value in split["label"]], feature=feature
-            )
-            for name, split in splits.items()
-        }
-    )
-
-
-def _load(name: str, config: str | None, label_column: str) -> datasets.DatasetDict:
+def _load(name: str, config: str | None, label_column: str, separator: str | None) -> datasets.DatasetDict:
     if name in packaged.available_datasets():
-        return packaged.load_dataset(name)
+        return gathered(packaged.load_dataset(name), label_column, separator)
     path = Path(name)
     if path.is_file():
-        return _set_a_fifth_aside(_read(name, file_kind(path), data_files=str(path))["train"], name)
+        rows = gathered(_read(name, file_kind(path), data_files=str(path)), label_column, separator)["train"]
+        return _set_a_fifth_aside(rows, name)
     if path.suffix.lower() in FILE_KINDS:
         raise ValueError(f"{name} must be a file, and there is none")
-    splits = _read(name, name, config)
+    splits = gathered(_read(name, name, config), label_column, separator)
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
     unlabelled = label_column not in splits["train"].column_names
@@ -210,7 +209,13 @@ def _set_a_fifth_aside(rows: datasets.Dataset, name: str) -> datasets.DatasetDic
 
 def _labelled(split: datasets.Dataset, column: str) -> bool:
     """Some test splits are published without labels, or with every label -1."""
-    return column in split.column_names and len(split) > 0 and split[0][column] not in (-1, None)
+    if column not in split.column_names:
+        return False
+    values = split.data.column(column)
+    if values.null_count == len(values):
+        return False
+    one = isinstance(split.features[column], datasets.ClassLabel | datasets.Value)
+    return not one or any(value not in (-1, None) for value in split.unique(column))
 
 
 def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.DatasetDict:

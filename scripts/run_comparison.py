@@ -157,6 +157,7 @@ class Comparison:
             "recipe": {"baseline": self.recipe.baseline, **self.recipe.others},
             "seeds": seeds,
             "held_out_samples": self.arguments.held_out_samples,
+            "problem_type": done[names[0], seeds[0]].get("problem_type"),
             "machine": done[names[0], seeds[0]]["machine"],
             "quality": summarise(reports),
             "prunings": [report["pruning"] for report in reports["pruned"]],

@@ -14,13 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from transformers import (
+    AutoConfig,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    default_data_collator,
+)
 
 from hf_tokenprune import packaged
 from hf_tokenprune.checkpoints import load_model, load_processing, takes_images
 from hf_tokenprune.command_line import asked_pruning, model_source, parse_arguments
 from hf_tokenprune.convert import prune
 from hf_tokenprune.data import DataArguments, check_max_length, read_images, tokenize
+from hf_tokenprune.labels import LISTS, are_flags, check_problem
 from hf_tokenprune.modeling.pruning_config import PruningConfig
 from hf_tokenprune.viz import DocumentView, draw_patches, draw_tokens, explain, render_page, write_page
 
@@ -50,7 +57,8 @@ class ExplainArguments(DataArguments):
 
 def load(arguments: ExplainArguments) -> tuple[PreTrainedModel, object]:
     source = model_source(arguments.model_name_or_path)
-    model = load_model(source)
+    asked = {} if arguments.problem_type is None else {"problem_type": check_problem(arguments.problem_type)}
+    model = load_model(source, config=AutoConfig.from_pretrained(source, **asked))
     processing = load_processing(source, model.config)
     return prune(model, asked_pruning(arguments.pruning, model, processing)).eval(), processing
 
@@ -67,7 +75,7 @@ def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object
     splits = arguments.load(labelled=False)
     rows = splits[arguments.split].shuffle(seed=arguments.seed)
     rows = rows.select(range(min(arguments.inputs, len(rows))))
-    labels = _labels(rows) if "label" in rows.column_names else None
+    labels = _labels(rows, model.config) if "label" in rows.column_names else None
     only = datasets.DatasetDict(rows=rows)
     if arguments.image_column is not None:
         read = list(read_images(only, processing, arguments.image_size)["rows"])
@@ -77,11 +85,18 @@ def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object
     return dict(DataCollatorWithPadding(processing)(list(rows.select_columns(taken)))), labels
 
 
-def _labels(rows: datasets.Dataset) -> list[str]:
-    """As they are named, or as they are."""
-    feature = rows.features["label"]
-    known = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return [str(label if known is None or label is None or label < 0 else known[label]) for label in rows["label"]]
+def _labels(rows: datasets.Dataset, config: PreTrainedConfig) -> list[str]:
+    """As they are named, or as they are; of several labels, those that are there."""
+    feature, labels = rows.features["label"], rows["label"][:]
+    several = isinstance(feature, LISTS)
+    inner = feature.feature if several else feature
+    known = dict(enumerate(inner.names)) if isinstance(inner, datasets.ClassLabel) else {}
+    given = [row for row in labels if row is not None] if several else []
+    if are_flags(given, inner) and len(given[0]) == config.num_labels:
+        labels, known = [[place for place, there in enumerate(row or ()) if there] for row in labels], config.id2label
+    if several:
+        return [", ".join(str(known.get(label, label)) for label in row or ()) or "none" for row in labels]
+    return [str(known.get(label, label)) for label in labels]
 
 
 def alive_by_layer(views: list[DocumentView], depth: int) -> dict[str, list[float]]:

@@ -32,10 +32,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_tokenprune import Calibration, PruningConfig, calibrate, plan, prune, search_schedule
+from hf_tokenprune.checkpoints import problem_of
 from hf_tokenprune.command_line import parse_arguments
 from hf_tokenprune.files import check_writable, write_atomically
+from hf_tokenprune.metrics import TITLES
 from hf_tokenprune.modeling.pruning_config import default_layers
 from hf_tokenprune.planning.held_back import compare_held_back, run_pruned, top_k_of_same_cost
+from hf_tokenprune.planning.search import METRICS
 from hf_tokenprune.profiling import count_macs
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.baselines import speed_table, time_against_baselines
@@ -55,6 +58,7 @@ GO_WITH = {
     "relative_to": ("calibrate",),
     "prior_share": ("calibrate",),
 }
+FAR = {"pearson": "squared error", "f1_micro": "KL"}  # to the logits of the unpruned model
 MISSED = 0.9  # of the promised speed-up: less than this is said
 
 
@@ -150,12 +154,18 @@ def held_back(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| pruning | of the MACs | accuracy, % | points [95 %] | KL |", "| --- | --- | --- | --- | --- |"]
+    metric = rows[0].get("metric")  # None: accuracy
+    heading = (
+        "accuracy, % | points [95 %] | KL"
+        if metric is None
+        else f"{TITLES[metric]} | difference [95 %] | {FAR[metric]}"
+    )
+    lines = [f"| pruning | of the MACs | {heading} |", "| --- | --- | --- | --- | --- |"]
+    score, difference, places = ("accuracy", "points", 2) if metric is None else ("score", "difference", 4)
     for row in rows:
-        low, high = row["interval"]
-        points = f"{row['points']:+.2f} [{low:+.2f}, {high:+.2f}]"
-        figures = f"{row['macs']:.3f} | {row['accuracy']:.2f} | {points} | {row['divergence']:.4f}"
-        lines.append(f"| {row['pruning']} | {figures} |")
+        low, high = (f"{end:+.{places}f}" for end in row["interval"])
+        figures = f"{row['macs']:.3f} | {row[score]:.{places}f} | {row[difference]:+.{places}f} [{low}, {high}]"
+        lines.append(f"| {row['pruning']} | {figures} | {row['divergence']:.4f} |")
     return "\n".join(lines)
 
 
@@ -207,8 +217,10 @@ def run(arguments: PlanArguments, subject: Subject) -> tuple[dict[str, Any], str
             model, words = keep(subject, found, folder), f"{words} The model with its table is {folder}."
         return report | {"pruning": found.pruning.to_dict()}, words, model
     given = labelled(subject, arguments.batch_size)
-    search = search_schedule(model, given, resume_from=Path(arguments.output_dir) / "points.json", **common)
-    pareto_front(search, Path(arguments.output_dir) / "front.png", title=Path(arguments.model_name_or_path).name)
+    folder, metric = Path(arguments.output_dir), METRICS[problem_of(model.config)]
+    search = search_schedule(model, given, resume_from=folder / "points.json", metric=metric, **common)
+    name, score = Path(arguments.model_name_or_path).name, TITLES[metric.__name__]
+    pareto_front(search, folder / "front.png", title=name, score=score)
     chosen = search.chosen
     words = f"The best of {len(search.points)} points: {chosen.score:.4f} at {chosen.macs:.3f} of the MACs."
     if not search.met:

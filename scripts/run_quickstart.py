@@ -40,6 +40,7 @@ from hf_tokenprune.command_line import model_source, parse_arguments, written_pr
 from hf_tokenprune.data import load_classification, tokenize
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.hub import run_in_fresh_process
+from hf_tokenprune.labels import CLASSES, problem_of_labels
 from hf_tokenprune.metrics import Accuracy, paired_bootstrap
 from hf_tokenprune.modeling.token_outputs import EncoderCall
 from hf_tokenprune.profiling import Timing
@@ -207,6 +208,11 @@ class Quickstart:
             input_column=arguments.text_column,
             label_column=arguments.label_column,
         )
+        if problem_of_labels(splits) != CLASSES:
+            raise ValueError(
+                f"label_column ({arguments.label_column!r}) must hold one class a row here; run_finetune.py trains a "
+                f"{problem_of_labels(splits)}, too"
+            )
         splits = splits.shuffle(seed=arguments.seed)  # many sets come sorted by class
         limits = {"train": arguments.max_train_samples, "test": arguments.max_test_samples}
         for name, limit in limits.items():

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
+from scipy.stats import pearsonr
+from sklearn.metrics import f1_score
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -23,9 +26,11 @@ from transformers import (
 from hf_tokenprune.profiling.arguments import ProfileArguments
 from hf_tokenprune.profiling.run import run_profile
 from hf_tokenprune.profiling.subject import Subject, load_subject
+from hf_tokenprune.viz.profile_plots import draw_profile
 
 
 TOP_K = '{"preset": "top_k", "layers": [1, 2], "keep_rate": 0.5}'
+SEVERAL = {"problem_type": "multi_label_classification"}
 NAMES = {0: "a", 1: "b", 2: "c"}
 
 
@@ -127,18 +132,35 @@ def test_a_model_that_is_right_gets_it_all_right(save, tmp_path):
             rows.append({"text": text, "label": NAMES[int(weights.eval()(**given).logits.argmax())]})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = profile(model, tmp_path / "data.jsonl", tmp_path / "out", max_inputs=8)
-    assert "a" not in {row["label"] for row in rows} and report.curve[0].accuracy.value == 1.0
+    assert "a" not in {row["label"] for row in rows} and report.curve[0].score.value == 1.0
 
 
 NO_CLASSES = {
     "embedder": (BertModel, {}, ["a", "b"], "BertModel gives an input no class"),
     "tokens": (BertForTokenClassification, {}, ["a", "b"], "BertForTokenClassification gives an input no class"),
-    "regression": (BertForSequenceClassification, names("score"), [0.3, 1.5], "(num_labels 1, problem_type None)"),
-    "several": (
+    "words for numbers": (
+        BertForSequenceClassification,
+        names("score"),
+        ["low", "high"],
+        "(num_labels 1, problem_type None) gives numbers, and column 'label' holds 'low'",
+    ),
+    "several numbers": (
+        BertForSequenceClassification,
+        {"problem_type": "regression"},
+        [0.5, 1.5],
+        "(num_labels 3, problem_type regression) gives several numbers, and a row has one",
+    ),
+    "a list for a number": (
+        BertForSequenceClassification,
+        names("score"),
+        [[0.3], [1.5]],
+        "column 'label' does not hold one number a row",
+    ),
+    "a class for several labels": (
         BertForSequenceClassification,
         {"problem_type": "multi_label_classification"},
-        [[1.0, 0.0, 1.0]],
-        "problem_type multi_label_classification) does not choose one class of several",
+        ["a", "b"],
+        "column 'label' does not hold several labels a row",
     ),
     "lists": (BertForSequenceClassification, {}, [[0, 2], [1]], "column 'label' does not hold one class a row"),
     "no column": (BertForSequenceClassification, {}, None, "the data have no column 'label'"),
@@ -151,6 +173,56 @@ def test_without_classes_there_are_no_labels(save, tmp_path, case):
     native, changes, labels, words = NO_CLASSES[case]
     subject = load(save(native, **changes), texts(tmp_path / "data.jsonl", labels))
     assert subject.labels is None and words in subject.unlabelled and len(subject.inputs) == 8
+
+
+NAMED = SEVERAL | names("a", "b", "c")
+SCORED = {
+    "a number": (names("score"), [0.3, 1.5, -1.0], {}, [[0.3], [1.5], [-1.0]], "pearson"),
+    "names": (NAMED, [["c"], [], ["b", "a"]], {}, [[0, 0, 1], [0, 0, 0], [1, 1, 0]], "f1_micro"),
+    "places": (SEVERAL, [[1, 0, 1], [0, 1, 0]], {}, [[1, 0, 1], [0, 1, 0]], "f1_micro"),
+    "numbers": (SEVERAL, [[2], [], [0, 1]], {}, [[0, 0, 1], [0, 0, 0], [1, 1, 0]], "f1_micro"),
+    "a problem that is asked for": (
+        {}, [[2], [0, 1]], {"problem_type": "multi_label_classification"}, [[0, 0, 1], [1, 1, 0]], "f1_micro"
+    ),
+    "texts": (NAMED, ["c", "b|a"], {"label_separator": "|"}, [[0, 0, 1], [1, 1, 0]], "f1_micro"),
+}  # fmt: skip
+PROFILED = ("a number", "a problem that is asked for")
+
+
+@pytest.mark.parametrize("case", SCORED)
+def test_numbers_and_several_labels_have_a_curve_of_their_own(save, tmp_path, case):
+    changes, written, more, expected, metric = SCORED[case]
+    model, data = save(**changes), texts(tmp_path / "data.jsonl", written)
+    subject = load(model, data, **more)
+    found = {tuple(np.ravel(label)) for label in subject.labels}
+    assert found == set(map(tuple, expected)) and subject.unlabelled is None
+    if case not in PROFILED:
+        return
+    report = profile(model, data, tmp_path / "out", max_inputs=8, **more)
+    first = report.curve[0].score
+    assert first.what == metric and first.n == 8 and first.spread.low <= first.value <= first.spread.high
+    logits = np.concatenate([subject.models["unpadded"](**b).logits.detach().numpy() for b in subject.batches(8)])
+    if metric == "pearson":
+        assert first.value == pytest.approx(pearsonr(logits[:, 0], subject.labels)[0], abs=1e-4)
+    else:
+        assert first.value == pytest.approx(f1_score(np.array(subject.labels), logits > 0, average="micro"), abs=1e-6)
+    curve = json.loads((tmp_path / "out" / "report.json").read_text())["curve"]
+    assert metric in curve[0] and "accuracy" not in curve[0]
+    assert any("the curve is of" in note for note in report.notes)
+    draw_profile(report, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ([["a"], ["d"]], "label ('d') must be one of the model's classes a, b, c"),
+        ([[0, 1], [1, 1]], "label ([0, 1]) must have 3 places, one for each of the model's"),
+    ],
+)
+def test_labels_that_a_head_of_several_does_not_have(save, tmp_path, labels, words):
+    with pytest.raises(ValueError) as error:
+        load(save(**SEVERAL, **names("a", "b", "c")), texts(tmp_path / "data.jsonl", labels))
+    assert words in str(error.value)
 
 
 def test_what_is_missing_is_said_and_all_the_rest_is_there(save, tmp_path):

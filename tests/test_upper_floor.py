@@ -173,3 +173,22 @@ def test_quickstart_ends_with_one_sentence(wish, words, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(script, run_name="__main__")
     assert isinstance(end.value.code, str) and words in end.value.code and "\n" not in end.value.code
+
+
+@pytest.mark.real
+def test_quickstart_is_of_classes(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"w{i},{i / 4}\n" for i in range(20)))
+    given = [
+        "--model_name_or_path",
+        "bert-tiny",
+        "--dataset_name",
+        str(tmp_path / "a.csv"),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", ["run_quickstart.py", *given])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / "run_quickstart.py"), run_name="__main__")
+    assert (
+        "label_column ('label') must hold one class a row here; run_finetune.py trains a regression" in end.value.code
+    )

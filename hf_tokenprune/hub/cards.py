@@ -9,17 +9,24 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
-from ..checkpoints import HEADS, NO_HEAD, pipeline_tag_of
+from ..checkpoints import CLASSIFY, HEADS, NO_HEAD, pipeline_tag_of, problem_of
 from ..command_line import read_mapping
+from ..labels import CLASSES, MULTI_LABEL, REGRESSION
+from ..metrics import LOWER_IS_BETTER
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
-from ..training.comparison import Recipe, quality_table, time_table
+from ..training.comparison import Recipe, Score, quality_table, scores_of, time_table
 from ..viz.schedule_plot import schedule_picture
 
 
 NEEDED = ("title", "base", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
 TEXTS = tuple(name for name in NEEDED if name not in ("layers", "limits"))
 OF_A_TASK = ("dataset_name", "model_name_or_path")  # what two recipes differ in whose cards say other things
+KINDS = {
+    CLASSES: "A classifier",
+    REGRESSION: "A regression model",
+    MULTI_LABEL: "A classifier of several labels",
+}
 TAGS = Prunable.model_tags
 SOMEWHERE = "this/repository"
 
@@ -116,10 +123,10 @@ def measured_card(
         about["title"],
         base_model=about.get("base_model"),
         datasets=[about["dataset"]],
-        eval_results=[_result(about, pruned)],
+        eval_results=[_result(about, pruned, score) for score in scores_of(pruned)],
         language=about.get("language"),
         license=about["license"],
-        metrics=["accuracy"],
+        metrics=list(dict.fromkeys(score.words["hub_name"] for score in scores_of(pruned))),
         pipeline_tag=about["pipeline_tag"],
     )
     return ModelCard.from_template(
@@ -127,9 +134,12 @@ def measured_card(
         template_path=str(template),
         about=about,
         measured={
+            "kind": KINDS[evidence.get("problem_type") or CLASSES],  # older comparisons were all of classes
             "pruned": pruned,
             "baseline": rows["baseline"],
             "control": rows["control"],
+            "scores": {run: scores_of(rows[run]) for run in ("pruned", "baseline", "control")},
+            "better_before": _is_better(*(scores_of(rows[run])[0] for run in ("baseline", "control"))),
             "to_baseline": to_baseline(rows),
             "quality": quality_table(evidence["quality"]),
             "speed": time_table(**evidence["speed"]) if "speed" in evidence else None,
@@ -146,6 +156,7 @@ def measured_card(
             "alike": all(own == evidence["prunings"][0] for own in evidence["prunings"]),
         },
         **_of_pruning(pruning, about["pipeline_tag"], address),
+        problem=evidence.get("problem_type") or CLASSES,
     )
 
 
@@ -170,17 +181,19 @@ def unmeasured_card(
         about={"title": title, "limits": []},
         measured=None,
         **_of_pruning(model.config.pruning, tag, address),
+        problem=problem_of(model.config) if tag in CLASSIFY else CLASSES,
     )
 
 
 def evaluation_results(about: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The pruned model's accuracy in the form of the Hub's `.eval_results` files."""
+    """What the pruned model comes to, in the form of the Hub's `.eval_results` files."""
     pruned = next(row for row in evidence["quality"] if row["run"] == "pruned")
+    score, seeds = scores_of(pruned)[0], ", ".join(map(str, evidence["seeds"]))
     entry = EvalResultEntry(
         dataset_id=about["dataset"],
         task_id=about["pipeline_tag"],
-        value=_share(pruned["accuracy"]),
-        notes=f"accuracy on {about['split']}, {_at_macs(pruned)}, seeds {', '.join(map(str, evidence['seeds']))}",
+        value=_value(score),
+        notes=f"{score.words['title']} on {about['split']}, {_at_macs(pruned)}, seeds {seeds}",
     )
     return eval_result_entries_to_yaml([entry])
 
@@ -202,16 +215,21 @@ def schedule_of(evidence: Mapping[str, Any], about: Mapping[str, Any], path: str
 
 
 def to_baseline(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the pruned model gained or lost on the baseline that it started from, in points.
+    """What the pruned model gained or lost on the baseline that it started from, in points or the metric's units.
 
     Args:
         rows: the runs of a comparison by name. `interval_to_baseline` of the pruned one is a paired interval, which
-            takes predictions; accuracies alone give none.
+            takes predictions; scores alone give none.
     """
-    pruned = rows["pruned"]
-    differences = [own - before for own, before in zip(pruned["accuracies"], rows["baseline"]["accuracies"])]
+    own, before = (scores_of(rows[run])[0] for run in ("pruned", "baseline"))
+    differences = [after - start for after, start in zip(own.of_each_seed, before.of_each_seed)]
     points = sum(differences) / len(differences)
-    return {"points": points, "of_each_seed": differences, "interval": pruned.get("interval_to_baseline")}
+    return {"points": points, "of_each_seed": differences, "interval": own.interval_to_baseline}
+
+
+def _is_better(one: Score, other: Score) -> bool:
+    lower = one.metric in LOWER_IS_BETTER
+    return one.value < other.value if lower else one.value > other.value
 
 
 def _metadata(title: str, **known: Any) -> ModelCardData:
@@ -244,17 +262,18 @@ def _at_macs(pruned: Mapping[str, Any]) -> str:
     return f"at {pruned['mac_ratio_to_unpadded']:.3f} of the unpadded model's MACs"
 
 
-def _share(percent: float) -> float:
-    return round(percent / 100, 4)
+def _value(score: Score) -> float:
+    """As the Hub has it: accuracy as a share."""
+    return round(score.value / score.words["scale"], 4)
 
 
-def _result(about: Mapping[str, Any], pruned: Mapping[str, Any]) -> EvalResult:
+def _result(about: Mapping[str, Any], pruned: Mapping[str, Any], score: Score) -> EvalResult:
     return EvalResult(
         task_type=about["pipeline_tag"],
         dataset_type=about["dataset"],
         dataset_name=about["dataset_title"],
         dataset_split=about["split"],
-        metric_type="accuracy",
-        metric_name=f"accuracy {_at_macs(pruned)}",
-        metric_value=_share(pruned["accuracy"]),
+        metric_type=score.words["hub_name"],
+        metric_name=f"{score.words['title']} {_at_macs(pruned)}",
+        metric_value=_value(score),
     )

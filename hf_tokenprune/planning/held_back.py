@@ -3,14 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoints import problem_of
 from ..convert import prune
-from ..metrics import paired_bootstrap
+from ..labels import CLASSES
+from ..metrics import JUDGEMENTS, answers, bootstrap, paired_bootstrap
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_outputs import EncoderCall
 from ..profiling.macs import count_call, evaluating
+from ..training.distillation import difference_to_teacher
 from .plan import closest_rate
 
 
@@ -66,10 +70,12 @@ def check_classifier(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         ValueError: logits or labels that are not of classes: regression, several labels of an input, labels of tokens.
     """
     logits, labels = run_pruned(model, None, [batch])[1], batch["labels"]
-    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+    several = logits.ndim != 2 or logits.shape[1] < 2 or problem_of(model.config) != CLASSES
+    if several or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"logits ({list(logits.shape)}) and labels ({list(labels.shape)}, {labels.dtype}) of "
-            f"{type(model).__name__} must be [n, C] with C > 1 and integers [n]: accuracy is of one class an input"
+            f"{type(model).__name__} must be [n, C] with C > 1 and integers [n]: accuracy is of one class an input; "
+            f"problem_type is {problem_of(model.config)!r}, and metric may be one of planning.search.METRICS"
         )
 
 
@@ -96,7 +102,7 @@ def top_k_of_same_cost(
 def compare_held_back(
     model: PreTrainedModel, batches: Batches, prunings: Mapping[str, PruningConfig | None]
 ) -> list[dict[str, Any]]:
-    """Accuracy and cost of several prunings on labelled inputs.
+    """Quality and cost of several prunings on labelled inputs.
 
     Args:
         batches: with `labels`.
@@ -104,25 +110,36 @@ def compare_held_back(
 
     Returns:
         A row for each: MAC ratio, accuracy in percent, mean KL to the logits of the unpruned model; and the points to
-        the first with their 95 % interval, by a paired bootstrap over inputs.
+        the first with their 95 % interval, by a paired bootstrap over inputs. Of numbers and of several labels
+        `metric`, `score` and `difference`, in the metric's units, in place of accuracy and points.
     """
-    labels = torch.cat([batch["labels"] for batch in batches]).cpu()
-    whole = run_pruned(model, None, batches)[1].log_softmax(dim=-1)
+    labels = torch.cat([batch["labels"] for batch in batches]).cpu().numpy()
+    whole, problem = run_pruned(model, None, batches)[1], problem_of(model.config)
     rows, first = [], None
     for name, pruning in prunings.items():
         macs, logits = run_pruned(model, pruning, batches)
-        right = (logits.argmax(dim=-1) == labels).numpy().astype(float)
-        first = right if first is None else first
-        divergence = (whole.exp() * (whole - logits.log_softmax(dim=-1))).sum(dim=-1).mean().item()
-        rows.append(
-            {
-                "pruning": name,
-                "macs": macs,
-                "inputs": len(labels),
-                "accuracy": 100 * right.mean(),
-                "divergence": divergence,
-                "points": 100 * (right - first).mean(),
-                "interval": [100 * end for end in paired_bootstrap(right, first)],
-            }
-        )
+        given = answers(problem, logits.numpy())
+        first = given if first is None else first
+        row = {"pruning": name, "macs": macs, "inputs": len(labels), "divergence": divergence(model, logits, whole)}
+        rows.append(row | _judged(problem, given, first, labels))
     return rows
+
+
+def divergence(model: PreTrainedModel, logits: torch.Tensor, whole: torch.Tensor) -> float:
+    """Of logits from those of the unpruned model: the mean KL of classes, the sum of that of each of several labels, or
+    the squared error of numbers."""
+    return difference_to_teacher(logits, whole, 1.0, problem=problem_of(model.config)).item()
+
+
+def _judged(problem: str, given: np.ndarray, first: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    if problem == CLASSES:
+        right, others = ((each == labels).astype(float) for each in (given, first))
+        return {
+            "accuracy": 100 * right.mean(),
+            "points": 100 * (right - others).mean(),
+            "interval": [100 * end for end in paired_bootstrap(right, others)],
+        }
+    name = JUDGEMENTS[problem].names[0]
+    score, before = (JUDGEMENTS[problem](each, labels)[name] for each in (given, first))
+    interval = bootstrap(name, given[None], labels, first[None])
+    return {"metric": name, "score": score, "difference": score - before, "interval": list(interval)}

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from ..convert import prune
 from ..files import write_atomically
+from ..labels import CLASSES, MULTI_LABEL, REGRESSION
+from ..metrics import JUDGEMENTS, answers
 from ..modeling.pruning_config import PruningConfig, default_layers
 from ..training.budget import MISSED
-from .held_back import Batches, all_batches, check_classifier, run_pruned, sample
+from .held_back import Batches, all_batches, check_classifier, divergence, run_pruned, sample
 
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
@@ -36,7 +38,8 @@ class Point:
     Args:
         pruning: as `PruningConfig.from_dict` takes it; None: nothing. macs: the MAC ratio.
         score: of the metric; higher is better.
-        divergence: mean KL of the logits to those of the unpruned model, which tells schedules of one score apart.
+        divergence: of the logits from those of the unpruned model, as `held_back.divergence` has it: it tells schedules
+            of one score apart.
     """
 
     pruning: dict[str, Any] | None
@@ -78,6 +81,19 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(dim=-1) == labels).float().mean().item()
 
 
+def pearson(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of numbers [n, 1], labels [n]."""
+    return JUDGEMENTS[REGRESSION](answers(REGRESSION, logits.numpy()), labels.reshape(len(labels)).numpy())["pearson"]
+
+
+def f1_micro(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of several labels [n, C], labels [n, C]."""
+    return JUDGEMENTS[MULTI_LABEL](answers(MULTI_LABEL, logits.numpy()), labels.numpy())["f1_micro"]
+
+
+METRICS = {CLASSES: accuracy, REGRESSION: pearson, MULTI_LABEL: f1_micro}
+
+
 def search_schedule(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
@@ -95,7 +111,8 @@ def search_schedule(
         model: a classifier of a supported family, or one of ours.
         batches: a few hundred labelled inputs: batches with `labels`, on the model's device.
         target_macs: multiply-accumulates of the pruned encoder / of the stock encoder on the same unpadded tokens.
-        metric: from logits and labels to a number, higher is better; accuracy wants one class for each input.
+        metric: from logits and labels to a number, higher is better; accuracy wants one class for each input, and
+            `METRICS` has what fits other heads.
         saliencies: scores that are tried.
         resume_from: a JSON file with what was found before; it is written after every measurement. Metrics are told
             apart by name, not by what they compute: one that has changed under its name wants a new file.
@@ -233,9 +250,8 @@ class _Searcher:
             return known
         macs, logits = run_pruned(self.model, pruning, self.batches)
         labels = torch.cat([batch["labels"] for batch in self.batches]).cpu()
-        log_p, log_q = self.unpruned_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
-        point = Point(written, macs, self.metric(logits, labels), divergence)
+        far = divergence(self.model, logits, self.unpruned_logits)
+        point = Point(written, macs, self.metric(logits, labels), far)
         self.known[json.dumps(written)] = point
         self._write()
         return point

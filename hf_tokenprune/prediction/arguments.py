@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..labels import PROBLEMS, check_problem
+
 
 # What two runs must share for one to go on where the other was stopped. How rows are batched and how many processes
 # there are is not among it: no result depends on those.
@@ -72,6 +74,9 @@ class PredictionArguments:
     )
     normalize: bool = field(default=False, metadata={"help": "embed: vectors of length one"})
     logits: bool = field(default=False, metadata={"help": "predict: the logits, too"})
+    problem_type: str | None = field(
+        default=None, metadata={"help": f"predict: one of {', '.join(PROBLEMS)}; the checkpoint's own if not given"}
+    )
     pruning: str | None = field(
         default=None,
         metadata={
@@ -111,5 +116,7 @@ class PredictionArguments:
             raise ValueError("dataset_name (None) must be given, or data_files")
         if self.task == "predict" and self.normalize:
             raise ValueError("normalize (True) goes with task 'embed' alone")
-        if self.task == "embed" and self.logits:
-            raise ValueError("logits (True) goes with task 'predict' alone")
+        for name in ("logits", "problem_type"):
+            if self.task == "embed" and getattr(self, name):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) goes with task 'predict' alone")
+        check_problem(self.problem_type)

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, R rows of a shard, N tokens, D features, C classes.
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -26,10 +28,10 @@ from transformers import (
 # Not from the top, where older releases put a stand-in that asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..checkpoints import activation_of
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import check_max_length
+from ..labels import MULTI_LABEL, NUMBER, REGRESSION
 from ..modeling.token_outputs import EncoderCall
 from .arguments import PredictionArguments
 from .inputs import Encoded, ImageEncoder, TextEncoder, token_batches
@@ -103,7 +105,7 @@ def load_predictor(arguments: PredictionArguments, rows: Rows, device: torch.dev
         features = {"embedding": datasets.List(datasets.Value("float32"), length=model.config.hidden_size)}
         columns = Embeddings(arguments.normalize)
         return Predictor(model, encode, _POOLING[arguments.pooling], columns, datasets.Features(features))
-    columns = Classes(model.config.id2label, model.config.num_labels, activation_of(model.config), arguments.logits)
+    columns = _columns(model.config, arguments.logits)
     return Predictor(model, encode, _logits, columns, columns.features)
 
 
@@ -137,6 +139,7 @@ def _load_model(path: Any, arguments: PredictionArguments, *, images: bool, **sh
     auto = predict if arguments.task == "predict" else AutoModel
     set_seed(0)  # weights that a checkpoint lacks and nobody reads are the same in every process
     model, info = auto.from_pretrained(path, dtype=arguments.dtype, output_loading_info=True, **shared)
+    model.config.problem_type = arguments.problem_type or model.config.problem_type
     missing = sorted(key for key in info["missing_keys"] if arguments.task == "predict" or "pooler" not in key)
     if missing:
         raise ValueError(
@@ -227,29 +230,76 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class Classes:
-    """Logits [R, C] as the best label, its score and, if asked for, the logits.
+class Answers(ABC):
+    """Logits [R, C] as columns and, if asked for, themselves."""
 
-    activation: "softmax", "sigmoid" or "none": the score, as Transformers' pipelines give it.
-    """
-
-    labels: dict[int, str]
     count: int
-    activation: str
     with_logits: bool
 
     @property
     def features(self) -> datasets.Features:
-        number = datasets.Value("float32")
-        columns = {"label": datasets.Value("string"), "score": number}
-        return datasets.Features(columns | ({"logits": datasets.List(number, self.count)} if self.with_logits else {}))
+        logits = {"logits": datasets.List(NUMBER, self.count)} if self.with_logits else {}
+        return datasets.Features(self.own_features() | logits)
 
     def __call__(self, logits: torch.Tensor) -> dict[str, pa.Array]:
-        scores = {"softmax": lambda x: x.softmax(dim=-1), "sigmoid": torch.sigmoid, "none": lambda x: x}
-        best, index = scores[self.activation](logits).max(dim=-1)
+        return self.own_columns(logits) | ({"logits": _vectors(logits)} if self.with_logits else {})
+
+    @abstractmethod
+    def own_features(self) -> dict[str, Any]:
+        """Of `own_columns`, by name."""
+
+    @abstractmethod
+    def own_columns(self, logits: torch.Tensor) -> dict[str, pa.Array]:
+        """What the logits say."""
+
+
+@dataclass(frozen=True)
+class Classes(Answers):
+    """The best label and its score, as Transformers' pipelines give it: by softmax, or sigmoid of one logit."""
+
+    labels: dict[int, str]
+
+    def own_features(self) -> dict[str, Any]:
+        return {"label": datasets.Value("string"), "score": NUMBER}
+
+    def own_columns(self, logits: torch.Tensor) -> dict[str, pa.Array]:
+        best, index = (logits.softmax(dim=-1) if self.count > 1 else logits.sigmoid()).max(dim=-1)
         labels = [str(self.labels[i]) for i in index.tolist()]
-        columns = {"label": pa.array(labels, pa.string()), "score": pa.array(best.numpy(), pa.float32())}
-        return columns | ({"logits": _vectors(logits)} if self.with_logits else {})
+        return {"label": pa.array(labels, pa.string()), "score": pa.array(best.numpy(), pa.float32())}
+
+
+@dataclass(frozen=True)
+class Numbers(Answers):
+    """A regression's number as `score`, or several as `scores`."""
+
+    def own_features(self) -> dict[str, Any]:
+        return {"score": NUMBER} if self.count == 1 else {"scores": datasets.List(NUMBER, self.count)}
+
+    def own_columns(self, logits: torch.Tensor) -> dict[str, pa.Array]:
+        if self.count > 1:
+            return {"scores": _vectors(logits)}
+        return {"score": pa.array(logits[:, 0].numpy(), pa.float32())}
+
+
+@dataclass(frozen=True)
+class SeveralLabels(Answers):
+    """The labels whose sigmoid is above 0.5, and the sigmoid of each, in the order of the model's `id2label`."""
+
+    labels: dict[int, str]
+
+    def own_features(self) -> dict[str, Any]:
+        return {"labels": datasets.List(datasets.Value("string")), "scores": datasets.List(NUMBER, self.count)}
+
+    def own_columns(self, logits: torch.Tensor) -> dict[str, pa.Array]:
+        there = [[str(self.labels[i]) for i in row.nonzero()[:, 0].tolist()] for row in logits > 0]
+        return {"labels": pa.array(there, pa.list_(pa.string())), "scores": _vectors(logits.sigmoid())}
+
+
+def _columns(config: PreTrainedConfig, logits: bool) -> Answers:
+    if config.problem_type == REGRESSION:
+        return Numbers(config.num_labels, logits)
+    kind = SeveralLabels if config.problem_type == MULTI_LABEL else Classes
+    return kind(config.num_labels, logits, config.id2label)
 
 
 def _vectors(values: torch.Tensor) -> pa.Array:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
+from ..metrics import bootstrap
 from .latency import Timing, speedup, speedup_bound
 
 
@@ -89,6 +90,12 @@ def share_of_inputs(what: str, model: str, hits: int, n: int) -> Figure:
     """The share of the inputs that hit, with Wilson's interval."""
     low, high = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return Figure(what, model, hits / n, "ratio", n, "inputs", Spread(INTERVAL, float(low), float(high)))
+
+
+def score_of_inputs(what: str, model: str, predictions: np.ndarray, references: np.ndarray, value: float) -> Figure:
+    """A metric of all inputs together, with the interval of a bootstrap over them."""
+    spread = Spread(INTERVAL, *bootstrap(what, predictions[None], references))
+    return Figure(what, model, value, "ratio", len(references), "inputs", spread)
 
 
 def times(timings: dict[str, Timing], inputs: int) -> list[Figure]:

@@ -5,10 +5,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints import task_of
+from ..checkpoints import CLASSIFY, problem_of, task_of
+from ..labels import CLASSES, LISTS, MULTI_LABEL, REGRESSION, are_flags, flags, number_of
 
 
-CLASSIFY = ("text-classification", "image-classification")
 SHOWN = 8  # names of classes that an error lists
 
 
@@ -22,16 +22,49 @@ def why_unlabelled(model: PreTrainedModel, rows: datasets.Dataset, column: str) 
     name, config = type(model).__name__, model.config
     if task_of(name).pipeline_tag not in CLASSIFY:
         return f"{name} gives an input no class"
-    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-        kind = f"num_labels {config.num_labels}, problem_type {config.problem_type}"
+    problem, kind = problem_of(config), f"num_labels {config.num_labels}, problem_type {config.problem_type}"
+    if problem == CLASSES and config.num_labels < 2:
         return f"{name} ({kind}) does not choose one class of several"
+    if problem == REGRESSION and config.num_labels > 1:
+        return f"{name} ({kind}) gives several numbers, and a row has one"
     if "label" not in rows.column_names:
         return f"the data have no column {column!r}"
     feature = rows.features["label"]
-    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
-        return f"column {column!r} does not hold one class a row"
+    if isinstance(feature, LISTS) != (problem == MULTI_LABEL):
+        held = "several labels" if problem == MULTI_LABEL else "one class" if problem == CLASSES else "one number"
+        return f"column {column!r} does not hold {held} a row, as {name} ({kind}) gives; problem_type may say otherwise"
     missing = (None, -1) if isinstance(feature, datasets.ClassLabel) else (None,)
-    return f"column {column!r} is empty in some rows" if any(label in missing for label in rows["label"]) else None
+    if any(label in missing for label in rows["label"]):
+        return f"column {column!r} is empty in some rows"
+    wrong = [label for label in rows["label"] if problem == REGRESSION and number_of(label) is None]
+    return f"{name} ({kind}) gives numbers, and column {column!r} holds {wrong[0]!r}" if wrong else None
+
+
+def model_labels(splits: datasets.DatasetDict, rows: datasets.Dataset, config: PreTrainedConfig) -> list[Any]:
+    """What a model's answers to these rows are compared with: `model_classes`, numbers, or 0 and 1 for each label.
+
+    Raises:
+        ValueError: a label that the model does not have.
+    """
+    problem = problem_of(config)
+    if problem == CLASSES:
+        return model_classes(splits, rows, config)
+    if problem == REGRESSION:
+        return [number_of(label) for label in rows["label"]]
+    lists, inner = rows["label"][:], rows.features["label"].feature
+    if are_flags([label for split in splits.values() for label in split["label"] if label is not None], inner):
+        if len(lists[0]) != config.num_labels:
+            raise ValueError(f"label ({lists[0]}) must have {config.num_labels} places, one for each of the model's")
+        return [[int(there) for there in row] for row in lists]
+    single = {
+        name: datasets.Dataset.from_dict(
+            {"label": [label for row in split["label"] for label in row or ()]},
+            features=datasets.Features({"label": inner}),
+        )
+        for name, split in (splits | {"": rows}).items()
+    }
+    numbers = iter(model_classes(datasets.DatasetDict(single), single[""], config))
+    return [list(map(int, flags([next(numbers) for _ in row], config.num_labels))) for row in lists]
 
 
 def model_classes(splits: datasets.DatasetDict, rows: datasets.Dataset, config: PreTrainedConfig) -> list[int]:

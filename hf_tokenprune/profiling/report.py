@@ -21,11 +21,15 @@ NOTHING_PRUNED = 0.999  # of the multiply-accumulates: above it a speed-up is no
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What is left of cost and accuracy at some part of the pruning, from 0 to 1."""
+    """What is left of cost and quality at some part of the pruning, from 0 to 1.
+
+    Args:
+        score: accuracy, or what else answers of the model's kind are judged by.
+    """
 
     progress: float
     macs: Figure
-    accuracy: Figure
+    score: Figure
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Report:
         content = asdict(self)
         figures = [figure for size, timings in self.by_batch_size.items() for figure in batch_times(size, timings)]
         content["by_batch_size"] = [asdict(figure) for figure in figures]
+        content["curve"] = [
+            {"progress": point.progress, "macs": asdict(point.macs), point.score.what: asdict(point.score)}
+            for point in self.curve
+        ]
         return "{\n" + ",\n".join(f' "{name}": {_one_a_line(value)}' for name, value in content.items()) + "\n}\n"
 
     def to_markdown(self) -> str:

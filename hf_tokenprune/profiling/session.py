@@ -5,18 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checkpoints import problem_of
 from ..convert import prune
+from ..labels import CLASSES
+from ..metrics import JUDGEMENTS, TITLES, answers
 from ..modeling.token_outputs import EncoderCall
 from .arguments import ProfileArguments
 from .baselines import time_against_baselines
 from .energy import measure_energy
-from .figures import Figure, batch_times, mean_of_inputs, median_of, quartiles, share_of_inputs, times
+from .figures import Figure, batch_times, mean_of_inputs, median_of, quartiles, score_of_inputs, share_of_inputs, times
 from .latency import FEWEST, Timing, time_interleaved
 from .machine import describe_machine, machine_line
 from .macs import MacCount, count_call
@@ -86,7 +90,7 @@ class Session:
             verdict=verdict(timings, by_batch_size, left, self.size, str(self.where["device"])),
             notes=[
                 *notes,
-                *([f"No accuracy: {self.subject.unlabelled}."] if self.subject.unlabelled else []),
+                *self._judged(),
                 *_of_the_cpu(self.subject.device),
                 *self._too_large(),
                 *size_notes,
@@ -96,6 +100,16 @@ class Session:
                 *energy_notes,
             ],
         )
+
+    def _judged(self) -> list[str]:
+        """By what, where it is no accuracy; or why by nothing."""
+        problem = problem_of(self.models["pruned"].config)
+        title = TITLES[JUDGEMENTS[problem].names[0]]
+        if self.subject.unlabelled:
+            return [f"No {title}: {self.subject.unlabelled}."]
+        if self.subject.labels is None or problem == CLASSES:
+            return []
+        return [f"Labels are of a {problem}: the curve is of {title}."]
 
     def _too_large(self) -> list[str]:
         """Sizes of batches that there are too few inputs for, in words."""
@@ -265,10 +279,10 @@ class Session:
 
     @torch.inference_mode()
     def curve(self) -> list[CurvePoint]:
-        """Accuracy and MACs on the way from nothing pruned to all of the pruning, where there are labels."""
+        """Quality and MACs on the way from nothing pruned to all of the pruning, where there are labels."""
         if self.subject.labels is None:
             return []
-        pruned, labels = self.models["pruned"], torch.tensor(self.subject.labels)
+        pruned = self.models["pruned"]
         pruning, longest = pruned.config.pruning, pruned.base_model.longest_input
         points = []
         for progress in CURVE:
@@ -276,11 +290,20 @@ class Session:
             predicted, macs = [], []
             for batch in self.subject.batches(self.size):
                 call = EncoderCall(work=True)
-                predicted.append(model(**batch, encoder_call=call).logits.argmax(dim=-1).cpu())
+                predicted.append(model(**batch, encoder_call=call).logits.float().cpu())
                 macs += count_call(call, model.config).per_sample
-            right = share_of_inputs("accuracy", "pruned", int((torch.cat(predicted) == labels).sum()), len(labels))
-            points.append(CurvePoint(progress, mean_of_inputs("MACs of an input", "pruned", macs, "MACs"), right))
+            score = self._score(torch.cat(predicted).numpy())
+            points.append(CurvePoint(progress, mean_of_inputs("MACs of an input", "pruned", macs, "MACs"), score))
         return points
+
+    def _score(self, logits: np.ndarray) -> Figure:
+        """Of the pruned model, by what answers of its kind are compared by."""
+        problem, labels = problem_of(self.models["pruned"].config), np.array(self.subject.labels)
+        given = answers(problem, logits)
+        if problem == CLASSES:
+            return share_of_inputs("accuracy", "pruned", int((given == labels).sum()), len(labels))
+        name = JUDGEMENTS[problem].names[0]
+        return score_of_inputs(name, "pruned", given, labels, JUDGEMENTS[problem](given, labels)[name])
 
 
 def _of_the_cpu(device: torch.device) -> list[str]:

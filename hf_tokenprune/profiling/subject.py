@@ -22,9 +22,10 @@ from ..checkpoints import load_model, saved_task, takes_images
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import read_images, tokenize
+from ..labels import check_problem
 from .arguments import ProfileArguments
 from .baselines import stock_model
-from .labels import model_classes, why_unlabelled
+from .labels import model_labels, why_unlabelled
 
 
 DEFAULT_PRUNING = '{"preset": "top_k", "keep_rate": 0.7}'
@@ -37,13 +38,14 @@ class Subject:
     """The same weights as the stock model, as our engine with nothing pruned, and pruned; and inputs on the device.
 
     name: what reports call it. inputs: single rows, as the collator takes them. labels: their classes, as the model
-    numbers them, where they have any. unlabelled: why they have none, in words.
+    numbers them, their numbers, or for each label of the model 0 or 1, where they have any. unlabelled: why they have
+    none, in words.
     """
 
     name: str
     models: dict[str, PreTrainedModel]
     inputs: list[dict[str, Any]]
-    labels: list[int] | None
+    labels: list[Any] | None
     collate: Callable[[list], Mapping[str, torch.Tensor]]
     unlabelled: str | None = None
 
@@ -99,7 +101,7 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     rows = _drawn(splits, arguments)
     random = "the weights are random" if arguments.random_weights else None
     unlabelled = random or why_unlabelled(stock, rows, arguments.label_column)
-    labels = None if unlabelled else model_classes(splits, rows, stock.config)
+    labels = None if unlabelled else model_labels(splits, rows, stock.config)
     longest = pruned.base_model.longest_input
     inputs, collate = _real_inputs(rows, arguments, source, tokenizer, min(arguments.max_length, longest))
     return Subject(name, models, inputs, labels, collate, unlabelled)
@@ -107,7 +109,8 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
 
 def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedModel:
     given = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attn_implementation}
-    config = AutoConfig.from_pretrained(source, **arguments.overrides)
+    asked = {} if arguments.problem_type is None else {"problem_type": check_problem(arguments.problem_type)}
+    config = AutoConfig.from_pretrained(source, **arguments.overrides | asked)
     if arguments.random_weights:
         return saved_task(config).auto.from_config(config, **given)
     return load_model(source, config=config, **given)

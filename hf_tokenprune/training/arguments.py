@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..metrics import LOWER_IS_BETTER
+
 
 @dataclass
 class TokenPruneTrainingArguments(TrainingArguments):
@@ -64,6 +66,9 @@ class TokenPruneTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and best in LOWER_IS_BETTER:
+            self.greater_is_better = False  # stock arguments know that of losses alone
         super().__post_init__()
         if self.ddp_find_unused_parameters is None and not (self.gradient_checkpointing_kwargs or {}).get(
             "use_reentrant"

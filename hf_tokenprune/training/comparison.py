@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..command_line import read_mapping
-from ..metrics import paired_bootstrap
+from ..labels import CLASSES
+from ..metrics import HUB_NAMES, JUDGEMENTS, TITLES, bootstrap, paired_bootstrap
 
 
 # How a pruning is trained: a run without one takes none of these, and shares all else with the pruned one.
@@ -83,33 +84,28 @@ def summarise(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
         reports: of `run_finetune.py`, by run, one for each seed, in the same order of seeds; `control` among them.
 
     Returns:
-        Accuracies and MACs; the difference to the control in points of accuracy, with its 95 % interval by a paired
-        bootstrap over test inputs and seeds; and that interval to the baseline, where it is among the runs.
+        MACs, and what each run comes to: `accuracy` and `accuracies` with the difference to the control in points; or
+        `scores` by metric, each in its own units. Differences have their 95 % interval by a paired bootstrap over test
+        inputs and seeds, and that to the baseline, too, where it is among the runs. `scores_of` reads both.
 
     Raises:
-        ValueError: runs that were tested on other inputs than the control.
+        ValueError: runs that were tested on other inputs than the control, or as another kind of problem.
     """
-    control = right(reports[CONTROL])
     unpadded = _mean(reports[CONTROL], "test_gmacs")
+    problem = _problem(reports[CONTROL][0])
     rows = []
     for name, own in reports.items():
         if [report["labels"] for report in own] != [report["labels"] for report in reports[CONTROL]]:
             raise ValueError(f"{name!r} must be tested on the inputs that {CONTROL!r} was tested on, in the same order")
-        low, high = paired_bootstrap(right(own), control)
-        started = {}
-        if "baseline" in reports:
-            ends = paired_bootstrap(right(own), right(reports["baseline"]))
-            started = {"interval_to_baseline": [100 * end for end in ends]}
+        if any(_problem(report) != problem for report in own):
+            raise ValueError(f"{name!r} must be tested on a {problem}, as {CONTROL!r} was")
+        beside = {CONTROL: reports[CONTROL]} | {other: reports[other] for other in ("baseline",) if other in reports}
         rows.append(
             {
                 "run": name,
                 "seeds": [report["training"]["seed"] for report in own],
                 "inputs": len(own[0]["labels"]),
-                "accuracy": 100 * _mean(own, "test_accuracy"),
-                "accuracies": [100 * report["test"]["test_accuracy"] for report in own],
-                "points_to_control": 100 * float((right(own) - control).mean()),
-                "interval": [100 * low, 100 * high],
-                **started,
+                **(_accuracies(own, beside) if problem == CLASSES else {"scores": _scores(own, beside, problem)}),
                 "gmacs": _mean(own, "test_gmacs"),
                 "mac_ratio_to_unpadded": _mean(own, "test_gmacs") / unpadded,
                 "mac_ratio_to_stock": _mean(own, "test_mac_ratio"),
@@ -120,9 +116,90 @@ def summarise(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[s
     return rows
 
 
+def _problem(report: Mapping[str, Any]) -> str:
+    return report.get("problem_type") or CLASSES  # older reports were all of classes
+
+
+def _accuracies(own: Sequence[Mapping[str, Any]], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """In percent and points."""
+    control = right(beside[CONTROL])
+    made = {
+        "accuracy": 100 * _mean(own, "test_accuracy"),
+        "accuracies": [100 * report["test"]["test_accuracy"] for report in own],
+        "points_to_control": 100 * float((right(own) - control).mean()),
+        "interval": [100 * end for end in paired_bootstrap(right(own), control)],
+    }
+    if "baseline" in beside:
+        ends = paired_bootstrap(right(own), right(beside["baseline"]))
+        made["interval_to_baseline"] = [100 * end for end in ends]
+    return made
+
+
+def _scores(
+    own: Sequence[Mapping[str, Any]], beside: Mapping[str, Sequence[Mapping[str, Any]]], problem: str
+) -> dict[str, dict[str, Any]]:
+    """By metric, in its own units."""
+    labels = own[0]["labels"]
+    predicted = [report["predicted"] for report in own]
+    scores = {}
+    for name in JUDGEMENTS[problem].names:
+        values, control = ([report["test"][f"test_{name}"] for report in each] for each in (own, beside[CONTROL]))
+        scores[name] = {
+            "value": float(np.mean(values)),
+            "of_each_seed": values,
+            "to_control": float(np.mean(np.subtract(values, control))),
+        }
+        for other, key in ((CONTROL, "interval"), ("baseline", "interval_to_baseline")):
+            if other in beside:
+                others = [report["predicted"] for report in beside[other]]
+                scores[name][key] = list(bootstrap(name, predicted, labels, others))
+    return scores
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a run of a comparison comes to by one metric, in its own units; accuracy is in percent, and points of it.
+
+    Args:
+        metric: its name in reports. value: the mean over seeds. to_control, interval: the difference to the control,
+            and its 95 % interval. interval_to_baseline: of the difference to the baseline; None: it was not computed.
+    """
+
+    metric: str
+    value: float
+    of_each_seed: list[float]
+    to_control: float
+    interval: list[float]
+    interval_to_baseline: list[float] | None = None
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """How a card and a table write it."""
+        title, percent = TITLES[self.metric], self.metric == "accuracy"
+        return {
+            "title": title,
+            "hub_name": HUB_NAMES[self.metric],
+            "plain": "%.2f" if percent else "%.4f",
+            "signed": "%+.2f" if percent else "%+.4f",
+            "unit": " %" if percent else "",
+            "points": " points" if percent else "",
+            "points_of": " points of accuracy" if percent else f" in {title}",
+            "scale": 100 if percent else 1,
+        }
+
+
+def scores_of(row: Mapping[str, Any]) -> list[Score]:
+    """All scores of a row of `summarise`; the first is that by which runs are compared."""
+    if "scores" in row:
+        return [Score(name, **score) for name, score in row["scores"].items()]
+    names = "accuracy", "accuracies", "points_to_control", "interval", "interval_to_baseline"
+    return [Score("accuracy", *map(row.get, names))]
+
+
 def _at_budgets(report: Mapping[str, Any]) -> list[dict[str, float]]:
     """What one checkpoint costs and gets right at each of its budgets."""
-    names = {"budget": "budget", "test_mac_ratio": "mac_ratio_to_stock", "test_accuracy": "accuracy"}
+    names = {"budget": "budget", "test_mac_ratio": "mac_ratio_to_stock"}
+    names |= {f"test_{name}": name for name in JUDGEMENTS[_problem(report)].names}
     return [{new: budget[old] for old, new in names.items()} for budget in report.get("budgets", ())]
 
 
@@ -137,18 +214,30 @@ def _mean(reports: Sequence[Mapping[str, Any]], metric: str) -> float:
 
 def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `summarise` as Markdown."""
-    lines = [
-        "| run | accuracy, % | of each seed | points to the control [95 %] | GMACs | of unpadded |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = [name for score in scores_of(rows[0]) for name in _heading(score)]
+    lines = [f"| run | {' | '.join(columns)} | GMACs | of unpadded |", "| --- " * (len(columns) + 3) + "|"]
     for row in rows:
-        seeds = ", ".join(f"{accuracy:.2f}" for accuracy in row["accuracies"])
-        low, high = row["interval"]
+        cells = [cell for score in scores_of(row) for cell in _cells(score)]
         lines.append(
-            f"| {row['run']} | {row['accuracy']:.2f} | {seeds} | {row['points_to_control']:+.2f} "
-            f"[{low:+.2f}, {high:+.2f}] | {row['gmacs']:.3f} | {row['mac_ratio_to_unpadded']:.3f} |"
+            f"| {row['run']} | {' | '.join(cells)} | {row['gmacs']:.3f} | {row['mac_ratio_to_unpadded']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def _heading(score: Score) -> tuple[str, str, str]:
+    title, unit = score.words["title"], score.words["unit"]
+    return (
+        f"{title}{',' if unit else ''}{unit}",
+        "of each seed",
+        f"{score.words['points']} to the control [95 %]".strip(),
+    )
+
+
+def _cells(score: Score) -> tuple[str, str, str]:
+    plain, signed = score.words["plain"], score.words["signed"]
+    low, high = (signed % end for end in score.interval)
+    seeds = ", ".join(plain % value for value in score.of_each_seed)
+    return plain % score.value, seeds, f"{signed % score.to_control} [{low}, {high}]"
 
 
 def time_table(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:

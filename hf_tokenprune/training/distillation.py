@@ -65,6 +65,9 @@ def check_teacher(student: Any, teacher: Any, states: bool) -> None:
         ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
         if ours != theirs:
             raise ValueError(f"the teacher's {name} ({theirs!r}) must be the student's ({ours!r})")
+    ours, theirs = student.problem_type, teacher.problem_type
+    if ours != theirs and ours and theirs:  # without one, labels tell it
+        raise ValueError(f"the teacher's problem_type ({theirs!r}) must be the student's ({ours!r})")
     ours, theirs = (list((config.id2label or {}).values()) for config in (student, teacher))
     if ours != theirs and sorted(ours) == sorted(theirs):
         raise ValueError(f"the teacher's labels ({theirs}) must be in the student's order ({ours})")

@@ -1,9 +1,11 @@
 """The job of `run_finetune.py`: from its arguments to a trained, tested and saved classifier, and a report."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import datasets
 import torch
 from filelock import FileLock, Timeout
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BaseImageProcessor,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -30,15 +34,19 @@ from ..command_line import model_source, parse_mapping, written_pruning
 from ..convert import prune
 from ..data import NAMED, DataArguments, processor_sizes, read_images, tokenize
 from ..files import write_atomically
-from ..metrics import Accuracy
+from ..labels import MULTI_LABEL, check_problem, described, label_names, problem_of_labels, targets
+from ..metrics import JUDGEMENTS, answers
 from ..profiling.machine import describe_machine
 from .arguments import TokenPruneTrainingArguments
 from .resuming import last_whole_checkpoint
 from .trainer import TokenPruneTrainer
 
 
-# What `accuracy` needs: the logits of all test inputs, in one array, at once.
+logger = logging.getLogger(__name__)
+
+# What the metrics need: the logits of all test inputs, in one array, at once.
 NEEDED = {"eval_do_concat_batches": True, "batch_eval_metrics": False, "prediction_loss_only": False}
+OTHER_METRICS = ("loss", "mac_ratio", "gmacs", "runtime", "samples_per_second", "steps_per_second")
 STEPS = (
     "seed",
     "learning_rate",
@@ -83,8 +91,8 @@ class FinetuneArguments(DataArguments):
     )
 
 
-def load_splits(arguments: FinetuneArguments, seed: int) -> datasets.DatasetDict:
-    splits = arguments.load()
+def load_splits(arguments: FinetuneArguments, seed: int, usual_problem: str | None = None) -> datasets.DatasetDict:
+    splits = arguments.load(usual_problem=usual_problem)
     # Many sets come sorted by class. The test split's inputs are the same, in the same order, for all seeds.
     splits["train"], splits["test"] = splits["train"].shuffle(seed=seed), splits["test"].shuffle(seed=0)
     if arguments.held_out_samples is not None:
@@ -105,37 +113,53 @@ def hold_out(train: datasets.Dataset, inputs: int) -> datasets.DatasetDict:
     return datasets.DatasetDict(train=train.select(range(first)), test=train.select(range(first, len(train))))
 
 
-def load_classifier(kind: type, source: str | Path, labels: list[str], overrides: dict) -> PreTrainedModel:
+def load_classifier(
+    kind: type, source: str | Path, problem: str, labels: list[str], overrides: dict
+) -> PreTrainedModel:
     return kind.from_pretrained(
         source,
         **overrides,
+        problem_type=problem,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         ignore_mismatched_sizes=True,
     )
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return Accuracy().compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+def measured(problem: str, prediction: EvalPrediction) -> dict[str, float]:
+    return JUDGEMENTS[problem](answers(problem, prediction.predictions), prediction.label_ids)
 
 
 def check_testing(training: TokenPruneTrainingArguments) -> None:
     for name, needed in NEEDED.items():
         value = getattr(training, name)
         if bool(value) != needed:
-            raise ValueError(f"{name} ({value}) must be {needed}: the accuracy is of the logits of all test inputs")
+            raise ValueError(f"{name} ({value}) must be {needed}: the metrics are of the logits of all test inputs")
+
+
+def check_best(problem: str, metric: str | None) -> None:
+    """Raises a ValueError for a `metric_for_best_model` that no evaluation has: Trainer says so after the first one."""
+    names = (*JUDGEMENTS[problem].names, *OTHER_METRICS)
+    if metric is not None and metric.removeprefix("eval_") not in names:
+        raise ValueError(f"metric_for_best_model ({metric!r}) must be one of {', '.join(names)}: labels are {problem}")
 
 
 def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArguments) -> TokenPruneTrainer:
     set_seed(training.seed)
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
     source = model_source(arguments.model_name_or_path)
-    splits = load_splits(arguments, training.seed)
     kind = AutoModelForSequenceClassification
     if arguments.image_column is not None:
         kind, training.remove_unused_columns = AutoModelForImageClassification, False  # images are read by the column
     overrides = parse_mapping("config_overrides", arguments.config_overrides or "{}")
-    model = load_classifier(kind, source, splits["train"].features["label"].names, overrides)
+    own = AutoConfig.from_pretrained(source)
+    asked = check_problem(overrides.pop("problem_type", None) or arguments.problem_type)
+    splits = load_splits(replace(arguments, problem_type=asked), training.seed, own.problem_type)
+    problem = problem_of_labels(splits)
+    if training.process_index == 0:
+        logger.warning(described(splits, arguments.label_column, asked=asked is not None, checkpoint=own.problem_type))
+    check_best(problem, training.metric_for_best_model)
+    model = load_classifier(kind, source, problem, _names(splits, own), overrides)
     splits, processing, collate = prepare(arguments, source, splits)
     tokenizer = processing if arguments.image_column is None else None
     teacher = arguments.teacher_name_or_path
@@ -147,14 +171,22 @@ def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArgum
         eval_dataset=splits["test"],
         data_collator=collate,
         processing_class=processing,
-        compute_metrics=accuracy,
+        compute_metrics=partial(measured, problem),
     )
+
+
+def _names(splits: datasets.DatasetDict, own: PreTrainedConfig) -> list[str]:
+    """Of the model's outputs: the data's; where they have none, the checkpoint's, if it has as many."""
+    names = label_names(splits) or ["LABEL_0"]
+    usual = [f"LABEL_{place}" for place in range(len(names))]
+    return list(own.id2label.values()) if names == usual and own.num_labels == len(names) else names
 
 
 def prepare(
     arguments: FinetuneArguments, source: str | Path, splits: datasets.DatasetDict
 ) -> tuple[datasets.DatasetDict, PreTrainedTokenizerBase | BaseImageProcessor, Callable]:
     """What the model takes, what makes it, and what makes batches of it."""
+    splits = targets(splits)
     if arguments.image_column is not None:
         processor = load_processor(source, arguments.image_size)
         return read_images(splits, processor, arguments.image_size), processor, default_data_collator
@@ -225,17 +257,18 @@ def _finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArgument
     trained = trainer.train(resume_from_checkpoint=last)
     tested = trainer.predict(trainer.eval_dataset)
     trainer.save_model(str(folder / "model"))
-    pruning = trainer.pruned.config.pruning
+    pruning, problem = trainer.pruned.config.pruning, trainer.pruned.config.problem_type
     report = {
         "arguments": asdict(arguments),
+        "problem_type": problem,
         "training": training.to_sanitized_dict(),
         "pruning": None if pruning is None else pruning.to_dict(),
         "machine": describe_machine(training.device),
         "train": trained.metrics if last is None else _of_the_whole_training(folder, trained.metrics),
         "test": tested.metrics,
         "budgets": at_each_budget(trainer),
-        "predicted": tested.predictions.argmax(-1).tolist(),
-        "labels": tested.label_ids.tolist(),
+        "predicted": answers(problem, tested.predictions).tolist(),
+        "labels": tested.label_ids.astype(int if problem == MULTI_LABEL else tested.label_ids.dtype).tolist(),
         "log": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Run:
         """At most so many inputs, made by the tokenizer or processor of `stock`."""
         report = json.loads((folder / "report.json").read_text())
         arguments, size = FinetuneArguments(**report["arguments"]), report["training"]["per_device_eval_batch_size"]
+        arguments = replace(arguments, problem_type=report.get("problem_type"))  # older runs were all of classes
         splits, _, collate = prepare(arguments, stock, load_splits(arguments, report["training"]["seed"]))
         test = splits["test"].select(range(min(inputs, len(splits["test"]))))
         rows = [{name: value for name, value in row.items() if name in TAKEN} for row in test]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..checkpoints import problem_of
 from ..convert import prune
 from ..files import write_atomically
 from ..modeling.modeling_tokenprune import Prunable
@@ -69,7 +70,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
     Raises:
         TypeError: a model that is not ours.
         ValueError: a teacher with other labels, vocabulary or (for its tokens) width, distillation without a teacher, a
-            sandwich without budgets, several GPUs in one process.
+            sandwich without budgets, several GPUs in one process, label smoothing of what is no choice of one class.
     """
 
     args: TokenPruneTrainingArguments
@@ -125,7 +126,12 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                     f"{name} ({getattr(args, name)}) must not be set with objective {objective.name!r}: it learns the "
                     "values that this would set"
                 )
-
+        config = self.pruned.config
+        if args.label_smoothing_factor and problem_of(config) != "single_label_classification":
+            raise ValueError(
+                f"label_smoothing_factor ({args.label_smoothing_factor}) must be 0 with problem_type "
+                f"{problem_of(config)!r}: it is of one class an input"
+            )
         if args.sandwich_samples and args.keep_rate_warmup_end:
             raise ValueError(
                 f"keep_rate_warmup_end ({args.keep_rate_warmup_end}) must be 0 with sandwich_samples "
@@ -407,8 +413,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
 
     def _difference(self, inputs: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Of logits. What they are of is in the config once a loss was computed, and follows from one label."""
-        config = self.pruned.config
-        problem = "regression" if config.num_labels == 1 else config.problem_type
+        problem = problem_of(self.pruned.config)
         temperature, counted = self.args.distillation_temperature, self._counted(inputs, student)
         return difference_to_teacher(student, teacher, temperature, counted, problem)
 
@@ -484,4 +489,4 @@ class _CheckedLabels:
 
     @property
     def _regression(self) -> bool:
-        return self.config.num_labels == 1 or self.config.problem_type == "regression"
+        return problem_of(self.config) == "regression"

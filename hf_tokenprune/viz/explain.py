@@ -96,7 +96,8 @@ def _predictions(
         return {}
     own, unpruned = pruned["logits"].float(), whole["logits"].float()
     if activation_of(config) != "softmax":
-        say = _number if config.num_labels == 1 else partial(_labels, names=config.id2label)
+        numbers = config.num_labels == 1 or activation_of(config) == "none"
+        say = _numbers if numbers else partial(_labels, names=config.id2label)
         return {"predictions": [*map(say, own)], "predictions_unpruned": [*map(say, unpruned)]}
     confidence, best = own.softmax(dim=-1).max(dim=-1)
     return {
@@ -106,8 +107,8 @@ def _predictions(
     }
 
 
-def _number(logits: torch.Tensor) -> str:
-    return f"{logits.item():.3g}"
+def _numbers(logits: torch.Tensor) -> str:
+    return ", ".join(f"{logit:.3g}" for logit in logits.tolist())
 
 
 def _labels(logits: torch.Tensor, names: Mapping[int, str]) -> str:

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..files import write_atomically
+from ..training.comparison import scores_of
 
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
+CORRELATIONS = ("pearson", "spearman")
 INK, SOFT, ACCENT = "#1f2328", "#8c959f", "#0b6e8f"
 _MARKER_POINTS = 7.0
 _LABEL_DISTANCES = (9, 22, 36, 52, 70, 90)  # points
@@ -40,16 +42,26 @@ class OperatingPoint:
     low: float | None = None
     """Lower end of the interval of `accuracy`; both ends or neither."""
     high: float | None = None
+    least: ClassVar[float] = 0.0
+    """What `accuracy` can come to."""
 
     def __post_init__(self) -> None:
         if not self.macs > 0:
             raise ValueError(f"macs ({self.macs}) must be above 0")
-        if not 0 <= self.accuracy <= 1:
-            raise ValueError(f"accuracy ({self.accuracy}) must be in [0, 1]")
+        if not self.least <= self.accuracy <= 1:
+            raise ValueError(f"accuracy ({self.accuracy}) must be in [{self.least:g}, 1]")
         if (self.low is None) != (self.high is None):
             raise ValueError(f"low ({self.low}) and high ({self.high}) must be given together")
-        if self.low is not None and not 0 <= self.low <= self.accuracy <= self.high <= 1:
-            raise ValueError(f"the interval ({self.low}, {self.high}) must hold accuracy ({self.accuracy}), in [0, 1]")
+        if self.low is not None and not self.least <= self.low <= self.accuracy <= self.high <= 1:
+            raise ValueError(
+                f"the interval ({self.low}, {self.high}) must hold accuracy ({self.accuracy}), in [{self.least:g}, 1]"
+            )
+
+
+class CorrelationPoint(OperatingPoint):
+    """One model at one budget, judged by a correlation."""
+
+    least = -1.0
 
 
 class _Place(NamedTuple):
@@ -61,8 +73,13 @@ class _Place(NamedTuple):
     """Pixels from the marker to the middle of the text."""
 
 
-def accuracy_over_macs(points: Sequence[OperatingPoint], path: str | os.PathLike[str], *, title: str) -> Path:
+def accuracy_over_macs(
+    points: Sequence[OperatingPoint], path: str | os.PathLike[str], *, title: str, score: str = "accuracy"
+) -> Path:
     """Draw accuracy over arithmetic, one labelled point per operating point, and write it as a PNG.
+
+    Args:
+        score: what stands in its place, in words.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -70,28 +87,33 @@ def accuracy_over_macs(points: Sequence[OperatingPoint], path: str | os.PathLike
     """
     if not points:
         raise ValueError("points is empty: a plot needs at least one")
-    return write_atomically(path, as_png(_draw(points, title), {"points": [asdict(point) for point in points]}))
+    drawn = {"points": [asdict(point) for point in points]}
+    return write_atomically(path, as_png(_draw(points, title, score), drawn))
 
 
 def comparison_picture(evidence: Mapping[str, Any], path: str | os.PathLike[str], *, title: str) -> Path:
     """The runs of a comparison, as `run_comparison.py` wrote it down, over their arithmetic.
 
-    A run's bar is the 95 % interval of its difference to the control, set upon the control's accuracy.
+    A run's bar is the 95 % interval of its difference to the control, set upon the control's accuracy, or whatever else
+    the runs are compared by.
     """
-    points = comparison_points(evidence["quality"])
-    figure = _draw(points, title)
-    figure.axes[0].set_ylabel("accuracy; bars: 95 % interval of the difference to control", color=INK)
+    points, score = comparison_points(evidence["quality"]), scores_of(evidence["quality"][0])[0].words["title"]
+    figure = _draw(points, title, score)
+    figure.axes[0].set_ylabel(f"{score}; bars: 95 % interval of the difference to control", color=INK)
     return write_atomically(path, as_png(figure, {"points": [asdict(point) for point in points]}))
 
 
 def comparison_points(quality: Sequence[Mapping[str, Any]]) -> list[OperatingPoint]:
-    control = next(row["accuracy"] for row in quality if row["run"] == "control")
+    scores = {row["run"]: scores_of(row)[0] for row in quality}
+    kind = CorrelationPoint if scores["control"].metric in CORRELATIONS else OperatingPoint
     points = []
     for row in quality:
-        accuracy, ends = row["accuracy"], [control + end for end in row["interval"]]
-        # Sums of floats may miss an accuracy that is an end itself.
-        low, high = max(0.0, min(accuracy, *ends)), min(100.0, max(accuracy, *ends))
-        points.append(OperatingPoint(row["run"], row["gmacs"], accuracy / 100, low / 100, high / 100))
+        score = scores[row["run"]]
+        value, scale = score.value, score.words["scale"]
+        ends = [scores["control"].value + end for end in score.interval]
+        # Sums of floats may miss a value that is an end itself.
+        low, high = max(scale * kind.least, min(value, *ends)), min(1.0 * scale, max(value, *ends))
+        points.append(kind(row["run"], row["gmacs"], value / scale, low / scale, high / scale))
     return points
 
 
@@ -102,8 +124,8 @@ def as_png(figure: Figure, drawn: Mapping[str, Any] | None = None) -> bytes:
     return content.getvalue()
 
 
-def _draw(points: Sequence[OperatingPoint], title: str) -> Figure:
-    figure, axes = _new_figure(title)
+def _draw(points: Sequence[OperatingPoint], title: str, score: str = "accuracy") -> Figure:
+    figure, axes = _new_figure(title, score)
     for point in points:
         _draw_point(axes, point)
     _set_limits(axes, points)
@@ -111,13 +133,14 @@ def _draw(points: Sequence[OperatingPoint], title: str) -> Figure:
     return figure
 
 
-def _new_figure(title: str) -> tuple[Figure, Axes]:
+def _new_figure(title: str, score: str) -> tuple[Figure, Axes]:
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = empty_figure(title)
     axes.set_xlabel("giga multiply-accumulates per input", color=INK)
-    axes.set_ylabel("accuracy", color=INK)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.set_ylabel(score, color=INK)
+    if score == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     return figure, axes
 
 

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import write_atomically
+from ..metrics import TITLES
 from ..profiling.report import ALLOCATED, LAYER_TIME, LAYER_TOKENS
-from .plots import ACCENT, SOFT, OperatingPoint, accuracy_over_macs, as_png, empty_figure
+from .plots import (
+    ACCENT,
+    CORRELATIONS,
+    SOFT,
+    CorrelationPoint,
+    OperatingPoint,
+    accuracy_over_macs,
+    as_png,
+    empty_figure,
+)
 
 
 if TYPE_CHECKING:
@@ -52,11 +62,14 @@ def draw_profile(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
         ),
     ]  # fmt: skip
     if report.curve:
+        name = report.curve[0].score.what
+        kind = CorrelationPoint if name in CORRELATIONS else OperatingPoint
         points = [
-            OperatingPoint(f"{100 * point.progress:.0f} % pruned", point.macs.value / 1e9, point.accuracy.value)
+            kind(f"{100 * point.progress:.0f} % pruned", point.macs.value / 1e9, point.score.value)
             for point in report.curve
         ]
-        drawn.append(accuracy_over_macs(points, folder / "accuracy_over_macs.png", title=f"Training-free: {model}"))
+        path, title = folder / "accuracy_over_macs.png", f"Training-free: {model}"
+        drawn.append(accuracy_over_macs(points, path, title=title, score=TITLES[name]))
     return drawn
 
 
