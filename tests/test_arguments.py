@@ -141,5 +141,5 @@ def test_chosen_hidden_states(case):
             if theirs is None:
                 continue
             assert [x is None for x in ours] == [x is None for x in theirs], asked
-            for one, other in zip(ours, everything):
+            for one, other in zip(ours, everything[-len(ours) :]):
                 assert one is None or torch.equal(one, other)

@@ -62,6 +62,11 @@ DIFFERENCES = {
         SKIPPED,
         "No usage of the `capture_outputs` decorator.",
     ),
+    "test_can_capture_specific_layers_hidden_states": Difference(
+        "likewise: base models are skipped, heads pass (test_arguments.py compares all with stock)",
+        SKIPPED,
+        "Cannot capture hidden states",
+    ),
     f"{SDPA}_24_fp32_pad_left_output_attentions": HIDES_STRUCTURE,
     **{f"{SDPA}_{name}_pad_left_sdpa_kernels": HIDES_STRUCTURE for name in LEFT[0]},
     **{f"{SDPA}_{name}_pad_left": HIDES_STRUCTURE for name in LEFT[1]},
