@@ -3,6 +3,7 @@
 from typing import Any
 
 from .pruning_config import PruningConfig
+from .value_checks import is_false, plain_text, quoted
 
 
 SAFETENSORS = (".safetensors", ".safetensors.index.json")
@@ -28,10 +29,10 @@ class TokenPruneConfigMixin:
         Raises:
             ValueError: quoting the value and the rule it breaks; the old value stays.
         """
-        if key in self.must_be_false and value:
-            raise ValueError(f"{key} ({value!r}) must be False: token pruning needs a bidirectional encoder")
-        if key == "transformers_weights" and value and not str(value).endswith(SAFETENSORS):
-            raise ValueError(f"{key} ({value!r}) must be safetensors: a file of {' or '.join(SAFETENSORS)}")
+        if key in self.must_be_false and not is_false(value):
+            raise ValueError(f"{key} ({quoted(value)}) must be False: token pruning needs a bidirectional encoder")
+        if key == "transformers_weights" and value is not None and not _names_safetensors(value):
+            raise ValueError(f"{key} ({quoted(value)}) must be safetensors: a file of {' or '.join(SAFETENSORS)}")
         if key == "pruning":
             value = PruningConfig.coerce(value, self.num_hidden_layers)
             if value is not None and not self.class_token:
@@ -40,8 +41,8 @@ class TokenPruneConfigMixin:
                 value.check_token_ids()
             if value is not None and value.protected_token_ids and not self.token_ids:
                 raise ValueError(
-                    f"protected_token_ids ({list(value.protected_token_ids)}) must be empty: {self.model_type} has no "
-                    "token ids"
+                    f"protected_token_ids ({quoted(list(value.protected_token_ids))}) must be empty: {self.model_type} "
+                    "has no token ids"
                 )
         elif key == "num_hidden_layers" and self.pruning is not None:
             self.pruning.resolve(value)
@@ -88,3 +89,9 @@ class TokenPruneConfigMixin:
         for name in ("model_type", "transformers_version", "architectures", "auto_map", "pruning"):
             values.pop(name, None)
         return cls(**values, pruning=pruning, attn_implementation=native._attn_implementation)
+
+
+def _names_safetensors(name: Any) -> bool:
+    """An empty name is none."""
+    text = plain_text(name)
+    return text is not None and (not text or text.endswith(SAFETENSORS))
