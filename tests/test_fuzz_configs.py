@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -106,6 +107,7 @@ class Way(str, enum.Enum):
     PACKED = "packed"
 
 
+@cache
 def deep(levels: int, kind: type = list) -> Any:
     value: Any = 1
     for _ in range(levels):
@@ -178,9 +180,9 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "long list": lambda: list(range(20_000)),
     "list of long texts": lambda: ["x" * 5000] * 40,
     "deep list": lambda: deep(50),
-    "deeper list": lambda made=deep(3_000): made,
-    "deeper tuple": lambda made=deep(3_000, tuple): made,
-    "deeper dict": lambda made=deep(3_000, dict): made,
+    "deeper list": lambda: deep(3_000),
+    "deeper tuple": lambda: deep(3_000, tuple),
+    "deeper dict": lambda: deep(3_000, dict),
     "ring": ring,
     "dict of other keys": lambda: {1: 2, None: 3, ("a",): 4},
     "large dict": lambda: {f"key{i}" * 50: i for i in range(500)},
