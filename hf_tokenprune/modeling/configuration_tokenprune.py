@@ -3,7 +3,7 @@
 from typing import Any
 
 from .pruning_config import PruningConfig
-from .value_checks import is_false, plain_text, quoted
+from .value_checks import is_a, is_false, plain_text, quoted
 
 
 SAFETENSORS = (".safetensors", ".safetensors.index.json")
@@ -49,7 +49,32 @@ class TokenPruneConfigMixin:
         super().__setattr__(key, value)
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As natively, where there is one: a model of default sizes is not what anybody saved.
+
+        Raises:
+            OSError: there is no config.json, or nothing in it.
+        """
+        source = pretrained_model_name_or_path
+        try:
+            found, unused = super().get_config_dict(source, **kwargs)
+        except (AttributeError, TypeError) as error:  # natively, of JSON that is no object
+            raise OSError(f"config.json of {quoted(str(source))} must be a JSON object") from error
+        if not is_a(found, dict) or not found:
+            raise OSError(f"config.json of {quoted(str(source))} must be there, a JSON object that describes a model")
+        return found, unused
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As natively.
+
+        Raises:
+            ValueError: it is of one of our models and says nothing of the pruning.
+        """
+        if config_dict.get("model_type") == cls.model_type and "pruning" not in config_dict | kwargs:
+            raise ValueError(f"a config of model_type ({cls.model_type!r}) must have 'pruning': null prunes nothing")
         # The pruning comes last, when the depth is the one that was asked for in the same `from_pretrained`.
         pruning = kwargs.pop("pruning", config_dict.get("pruning"))
         output = super().from_dict({**config_dict, "pruning": None}, **kwargs)
