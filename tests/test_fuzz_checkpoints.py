@@ -126,7 +126,6 @@ FAULTS: dict[str, tuple[Break, str, str | None]] = {
     },
     "an empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], NO_CONFIG, UNRECOGNISED),
     "a config of nothing": (in_json("config.json", lambda _: {}), NO_CONFIG, UNRECOGNISED),
-    "a config that is a list": (in_json("config.json", lambda _: [1]), NO_CONFIG, UNRECOGNISED),
     "no pruning": (without("pruning"), "model_type .'tokenprune_bert'. must have 'pruning'", None),
     "a later format": (
         in_json("config.json", lambda config: config["pruning"].update(format_version=2)),
@@ -249,6 +248,13 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(fault, folder):
         assert_refused(load, folder, by_auto or words)
 
 
+@pytest.mark.parametrize("value", [[1], None, 7, "bert", {"_commit_hash": None}], ids=str)
+def test_a_config_that_says_nothing(value, folder):
+    (folder / "config.json").write_text(json.dumps(value))
+    for load in (HEAD.from_pretrained, BASE.from_pretrained, TokenPruneBertConfig.from_pretrained):
+        assert_refused(load, folder, NO_CONFIG)
+
+
 @pytest.mark.parametrize("fault", SHARDED)
 def test_broken_shards_are_refused_in_one_sentence(fault, saved, tmp_path):
     folder = Path(shutil.copytree(saved / "shards", tmp_path / "broken"))
@@ -321,7 +327,7 @@ for name, folder in ARGUMENTS["folders"].items():
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
         with torch.no_grad():
             RESULT[name] = model(torch.arange(1, 20)[None]).logits[0].tolist()
-    except (OSError, ValueError, RuntimeError, ImportError, SyntaxError, NameError, AttributeError) as error:
+    except Exception as error:  # half a file of code may say anything
         RESULT[name] = f"{type(error).__name__}: {error}"
 """
 

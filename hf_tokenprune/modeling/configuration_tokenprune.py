@@ -62,7 +62,8 @@ class TokenPruneConfigMixin:
             found, unused = super().get_config_dict(source, **kwargs)
         except (AttributeError, TypeError) as error:  # natively, of JSON that is no object
             raise OSError(f"config.json of {quoted(str(source))} must be a JSON object") from error
-        if not is_a(found, dict) or not found:
+        # What natively is noted of a file, and is not in it, begins so.
+        if not is_a(found, dict) or not any(name[:1] != "_" for name in found):
             raise OSError(f"config.json of {quoted(str(source))} must be there, a JSON object that describes a model")
         return found, unused
 
