@@ -11,6 +11,7 @@ from .families import native_to_pruned, supported_natives
 from .modeling.pruner_modules import ASKED
 from .modeling.pruning_config import PruningConfig
 from .modeling.token_layer import TokenPruneLayer
+from .modeling.value_checks import quoted
 
 
 def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) -> PreTrainedModel:
@@ -57,7 +58,7 @@ def load_dynamicvit_predictors(model: PreTrainedModel, state_dict: Mapping[str, 
     pruning = getattr(model.config, "pruning", None)
     sites = [] if pruning is None else [i for i, site in sorted(pruning.sites.items()) if site.saliency == "learned"]
     if not sites:
-        raise ValueError(f"pruning ({pruning!r}) must have sites with saliency 'learned' to load predictors into")
+        raise ValueError(f"pruning ({quoted(pruning)}) must have sites with saliency 'learned' to load predictors into")
     given: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in state_dict.items():
         site, _, rest = name.removeprefix("score_predictor.").removeprefix("predictor.").partition(".")

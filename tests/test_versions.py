@@ -27,10 +27,13 @@ FREE = {
 }
 # Of modules that reach further, what is used of them. A torch function of tensors needs no entry.
 USED = {
+    "collections": {"Counter"},
     "inspect": {"signature"},
+    "operator": {"index"},
     "os": {"PathLike"},
     "os.path": {"exists"},
     "packaging": {"version"},
+    "reprlib": {"Repr"},
     "sys": {"float_info"},
     "torch": {
         *("BoolTensor", "Tensor", "autocast", "autograd._profiler_enabled", "backends.cuda.matmul.fp32_precision"),
@@ -48,7 +51,8 @@ USED = {
         "register_checkpoint_conversion_mapping",
     },
     "transformers.masking_utils": {"create_bidirectional_mask"},
-    "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS"},
+    # load_state_dict: of safetensors, as from_pretrained does next
+    "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS", "load_state_dict"},
     "transformers.processing_utils": {"Unpack"},
     "transformers.utils": {"ModelOutput", "TransformersKwargs", "logging"},
     "transformers.utils.generic": {"can_return_tuple"},

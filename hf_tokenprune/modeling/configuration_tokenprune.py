@@ -3,6 +3,7 @@
 from typing import Any
 
 from .pruning_config import PruningConfig
+from .value_checks import is_a, is_false, plain_text, quoted
 
 
 SAFETENSORS = (".safetensors", ".safetensors.index.json")
@@ -28,10 +29,10 @@ class TokenPruneConfigMixin:
         Raises:
             ValueError: quoting the value and the rule it breaks; the old value stays.
         """
-        if key in self.must_be_false and value:
-            raise ValueError(f"{key} ({value!r}) must be False: token pruning needs a bidirectional encoder")
-        if key == "transformers_weights" and value and not str(value).endswith(SAFETENSORS):
-            raise ValueError(f"{key} ({value!r}) must be safetensors: a file of {' or '.join(SAFETENSORS)}")
+        if key in self.must_be_false and not is_false(value):
+            raise ValueError(f"{key} ({quoted(value)}) must be False: token pruning needs a bidirectional encoder")
+        if key == "transformers_weights" and value is not None and not _names_safetensors(value):
+            raise ValueError(f"{key} ({quoted(value)}) must be safetensors: a file of {' or '.join(SAFETENSORS)}")
         if key == "pruning":
             value = PruningConfig.coerce(value, self.num_hidden_layers)
             if value is not None and not self.class_token:
@@ -40,15 +41,41 @@ class TokenPruneConfigMixin:
                 value.check_token_ids()
             if value is not None and value.protected_token_ids and not self.token_ids:
                 raise ValueError(
-                    f"protected_token_ids ({list(value.protected_token_ids)}) must be empty: {self.model_type} has no "
-                    "token ids"
+                    f"protected_token_ids ({quoted(list(value.protected_token_ids))}) must be empty: {self.model_type} "
+                    "has no token ids"
                 )
         elif key == "num_hidden_layers" and self.pruning is not None:
             self.pruning.resolve(value)
         super().__setattr__(key, value)
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As natively, where there is one: a model of default sizes is not what anybody saved.
+
+        Raises:
+            OSError: there is no config.json, or nothing in it.
+        """
+        source = pretrained_model_name_or_path
+        try:
+            found, unused = super().get_config_dict(source, **kwargs)
+        except (AttributeError, TypeError) as error:  # natively, of JSON that is no object
+            raise OSError(f"config.json of {quoted(str(source))} must be a JSON object") from error
+        # What natively is noted of a file, and is not in it, begins so.
+        if not is_a(found, dict) or not any(name[:1] != "_" for name in found):
+            raise OSError(f"config.json of {quoted(str(source))} must be there, a JSON object that describes a model")
+        return found, unused
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As natively.
+
+        Raises:
+            ValueError: it is of one of our models and says nothing of the pruning.
+        """
+        if config_dict.get("model_type") == cls.model_type and "pruning" not in config_dict | kwargs:
+            raise ValueError(f"a config of model_type ({cls.model_type!r}) must have 'pruning': null prunes nothing")
         # The pruning comes last, when the depth is the one that was asked for in the same `from_pretrained`.
         pruning = kwargs.pop("pruning", config_dict.get("pruning"))
         output = super().from_dict({**config_dict, "pruning": None}, **kwargs)
@@ -88,3 +115,9 @@ class TokenPruneConfigMixin:
         for name in ("model_type", "transformers_version", "architectures", "auto_map", "pruning"):
             values.pop(name, None)
         return cls(**values, pruning=pruning, attn_implementation=native._attn_implementation)
+
+
+def _names_safetensors(name: Any) -> bool:
+    """An empty name is none."""
+    text = plain_text(name)
+    return text is not None and (not text or text.endswith(SAFETENSORS))

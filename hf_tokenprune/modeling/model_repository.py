@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.utils.hub import ModelCard
 
+from .checkpoint_files import check_files, check_loaded, reading_fault, shapes_that_differ
+
 
 PIPELINE_TAGS = {
     "AutoModel": "feature-extraction",
@@ -23,7 +25,8 @@ class ModelRepository:
     """How a model is read and published. Goes before the native model class.
 
     Modifications:
-        - Only safetensors are read.
+        - Only safetensors are read, and what cannot be read is named.
+        - Weights of the body that a checkpoint has not are an error, and not random.
         - Where the repository has no card, the one that is published says what the model is.
     """
 
@@ -35,7 +38,8 @@ class ModelRepository:
 
         Raises:
             ValueError: pickles are asked for.
-            OSError: there is nothing to read, or nothing but pickles.
+            OSError: there is nothing to read, or nothing but pickles; a file is broken, or lacks weights.
+            RuntimeError: weights of other shapes than the config's.
         """
         source = pretrained_model_name_or_path
         rule = f"{cls.__name__} reads nothing else; load other weights with the native class and give that to prune()"
@@ -43,12 +47,35 @@ class ModelRepository:
             raise ValueError(f"use_safetensors (False) must be True: {rule}")
         if str(source).endswith(PICKLES):
             raise ValueError(f"{str(source)!r} must be safetensors: {rule}")
+        wishes = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         try:
-            return super().from_pretrained(source, *args, use_safetensors=True, **kwargs)
+            model, info = super().from_pretrained(source, *args, **wishes)
         except OSError as error:
             if "file named model.safetensors" not in str(error):
                 raise
             raise OSError(f"{str(source)!r} must hold its weights as safetensors: {rule}") from error
+        except RuntimeError as error:  # the shapes that it is about are in its log alone
+            if "ignore_mismatched_sizes" not in str(error) or kwargs.get("ignore_mismatched_sizes"):
+                raise
+            _, info = super().from_pretrained(source, *args, **{**wishes, "ignore_mismatched_sizes": True})
+            words = shapes_that_differ(info["mismatched_keys"])
+            raise RuntimeError(f"{str(source)!r} must fit its config: {words}") from error
+        except Exception as error:
+            fault = reading_fault(error, source)
+            if fault is None:
+                raise
+            raise OSError(fault) from error
+        if source is not None and kwargs.get("state_dict") is None:
+            check_loaded(model, info["missing_keys"], source, kwargs)
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any
+    ) -> Any:
+        # What natively knows the files, wherever they are, and reads them next.
+        check_files(checkpoint_files or (), load_config.is_quantized)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest)
 
     def _upload_modified_files(self, working_dir: str | PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Both ways of publishing a model end here, with the card in the folder.

@@ -36,6 +36,7 @@ from .token_layer import LayerPlan, LayerStates, LayerVisit
 from .token_layout import first_of, shapes_only
 from .token_outputs import EncoderCall, LayerWork
 from .token_state import TokenState, start_state
+from .value_checks import quoted
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,7 @@ class Prunable(ModelRepository):
             ValueError: a pruning without budgets, or a ratio that none of them reaches; the old values stay.
         """
         if self.config.pruning is None:
-            raise ValueError(f"budget ({macs!r}) needs a pruning with budgets, and this model has none")
+            raise ValueError(f"budget ({quoted(macs)}) needs a pruning with budgets, and this model has none")
         self.set_pruning(self.config.pruning.at_budget(macs, self.base_model.longest_input))
 
     def settle_pruning(self) -> None:
@@ -277,7 +278,7 @@ class TokenPruneModel(PrunerModules, Prunable):
             return None
         if token_ids is None:
             raise ValueError(
-                f"protected_token_ids ({list(pruning.protected_token_ids)}) need input_ids to be found in; give those, "
+                f"protected_token_ids ({quoted(list(pruning.protected_token_ids))}) need input_ids to be found in; give those, "
                 "or prune without protected ids"
             )
         return torch.isin(token_ids, torch.tensor(pruning.protected_token_ids, device=device))

@@ -6,15 +6,14 @@ schedule that follows from the model's depth: asked for it before the depth is k
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from decimal import Decimal
+from decimal import Context, Decimal
 from fractions import Fraction
-from numbers import Integral, Real
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
-from .pruning_stage import (
-    RULES,
-    PruningStage,
+from .pruning_stage import RULES, PruningStage
+from .value_checks import (
     check_bool,
     check_choice,
     check_number,
@@ -22,6 +21,10 @@ from .pruning_stage import (
     check_removed,
     check_sequence,
     check_threshold,
+    is_a,
+    plain_number,
+    plain_text,
+    quoted,
 )
 
 
@@ -36,19 +39,19 @@ def _depth(num_layers: int | None) -> int:
 
 
 def _compounded(keep_rate: float, sites: int) -> list[float]:
-    """rate, rate^2, ..., as exact decimals."""
-    rate = Decimal(repr(keep_rate))
-    rates = [float(rate ** (site + 1)) for site in range(sites)]
+    """rate, rate^2, ..., as exact decimals, whatever precision the program around has set for its own."""
+    rate, exactly = Decimal(repr(keep_rate)), Context(prec=28)
+    rates = [float(exactly.power(rate, site + 1)) for site in range(sites)]
     if 0.0 in rates:
-        raise ValueError(f"keep_rate ({keep_rate!r}) must be larger: over {sites} sites it comes to 0")
+        raise ValueError(f"keep_rate ({quoted(keep_rate)}) must be larger: over {sites} sites it comes to 0")
     return rates
 
 
 def _each_site(name: str, value: Any, layers: Sequence[int], check: Callable[[str, Any], Any]) -> list:
     """One value for all sites, or one per site."""
-    values = [value] * len(layers) if isinstance(value, Real) else check_sequence(name, value)
+    values = [value] * len(layers) if is_a(value, Real) else check_sequence(name, value)
     if len(values) != len(layers):
-        raise ValueError(f"{name} ({list(values)}) must be one per layer, and there are {len(layers)}")
+        raise ValueError(f"{name} ({quoted(list(values))}) must be one per layer, and there are {len(layers)}")
     return [check(name, one) for one in values]
 
 
@@ -78,10 +81,11 @@ def _evit(
     """
     layers = check_sequence("layers", layers)
     reductions = {True: "fuse", False: "drop", "normalized": "fuse_normalized"}
-    if not isinstance(fuse_token, (bool, str)) or fuse_token not in reductions:
-        raise ValueError(f"fuse_token ({fuse_token!r}) must be True, False or 'normalized'")
+    fuse = fuse_token if is_a(fuse_token, bool) else plain_text(fuse_token)
+    if fuse not in reductions:
+        raise ValueError(f"fuse_token ({quoted(fuse_token)}) must be True, False or 'normalized'")
     values = _each_site("keep_rate", keep_rate, layers, check_rate)
-    return {"stages": [PruningStage(layers, saliency, "site_keep_rate", values, reductions[fuse_token])]}
+    return {"stages": [PruningStage(layers, saliency, "site_keep_rate", values, reductions[fuse])]}
 
 
 def _tome(
@@ -101,19 +105,25 @@ def _tome(
 
 
 def _merge_schedule(r: Any, num_layers: int) -> list[int]:
-    if isinstance(r, Real):
+    if is_a(r, Real):
         return [check_removed("r", r)] * num_layers
     given = check_sequence("r", r)
-    inflected = len(given) == 2 and (isinstance(r, tuple) or not isinstance(given[1], Integral) or given[1] < 0)
+    inflected = len(given) == 2 and (is_a(r, tuple) or _is_inflection(given[1]))
     if not inflected:
         listed = [check_removed("r", value) for value in given]
         return listed + [0] * (num_layers - len(listed))
     mean, inflect = check_removed("r", given[0]), check_number("inflect", given[1])
     if not -1.0 <= inflect <= 1.0:
-        raise ValueError(f"inflect ({inflect!r}) must be in [-1, 1]; a schedule of one r per layer is a list")
+        raise ValueError(f"inflect ({quoted(given[1])}) must be in [-1, 1]; a schedule of one r per layer is a list")
     first = int(mean * (1 - Fraction(repr(inflect))))
     step = Fraction(2 * (mean - first), max(num_layers - 1, 1))
     return [int(first + step * layer) for layer in range(num_layers)]
+
+
+def _is_inflection(value: Any) -> bool:
+    """Whether the second of two numbers is an `inflect`, as no r of a layer is."""
+    number = plain_number(value)
+    return not isinstance(number, int) or number < 0
 
 
 def _diffrate(*, prune_kept: Sequence[int], merge_kept: Sequence[int]) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def _diffrate(*, prune_kept: Sequence[int], merge_kept: Sequence[int]) -> dict[s
     _, kept = _each_layer("merge_kept", merge_kept, "keep_count")
     for most, least in zip(cut, kept):
         if least > most:
-            raise ValueError(f"merge_kept ({kept}) must be at most prune_kept ({cut}) at every layer")
+            raise ValueError(f"merge_kept ({quoted(kept)}) must be at most prune_kept ({quoted(cut)}) at every layer")
     stage = PruningStage(layers, "cls_attention", "keep_count", kept, "merge_mean", cut=cut)
     return {"stages": [stage], "proportional_attention": True}
 
@@ -186,7 +196,8 @@ def _ltp(
 
 def _one_of(**given: Any) -> None:
     if sum(value is not None for value in given.values()) != 1:
-        raise ValueError(f"exactly one of {', '.join(given)} must be given, not {given!r}")
+        values = ", ".join(f"{name} ({quoted(value)})" for name, value in given.items())
+        raise ValueError(f"exactly one of {values} must be given")
 
 
 def _adaptive(

@@ -13,6 +13,7 @@ from .pruning_config import PruningConfig
 from .pruning_stage import SALIENCIES
 from .saliency import TokenPredictor, TokenPrior
 from .soft_pruning import BudgetMultipliers, mask_module
+from .value_checks import quoted
 
 
 # Names of modules. ASKED: in a layer, by the saliency that asks. VALUES: learned values of the sites, and what they are
@@ -121,7 +122,7 @@ class PrunerModules:
             ValueError: there is no such site, or it has none yet.
         """
         if not self.looks_ids_up:
-            raise ValueError(f"pruning ({self.config.pruning!r}) must have a site with saliency 'token_prior'")
+            raise ValueError(f"pruning ({quoted(self.config.pruning)}) must have a site with saliency 'token_prior'")
         tables = _tables_in(self.token_layers()[0].prior)
         if not tables:
             raise ValueError("layer (0) has no table; set_pruning(...) makes it one")

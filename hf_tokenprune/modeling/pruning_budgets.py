@@ -4,10 +4,12 @@ Between two of them every site's value moves linearly, counts in whole tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from .pruning_stage import RULES, PruningStage, check_number, check_rate, check_sequence
+from .pruning_stage import RULES, PruningStage
+from .value_checks import check_integer, check_number, check_rate, check_sequence, quoted
 
 
 Budgets = tuple[tuple[float, tuple[float, ...]], ...]
@@ -17,8 +19,10 @@ WHOLE = ("keep_count", "remove_count")
 
 def eased(rule: str, value: float, progress: float, length: int) -> float:
     """A rule's value on the way from the one at which every token of `length` stays (progress 0) to its own (1)."""
+    progress = check_number("progress", progress)
     if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress ({progress!r}) must be in [0, 1]")
+        raise ValueError(f"progress ({progress}) must be in [0, 1]")
+    length = check_integer("length", length, 0)
     idle = RULES[rule].idle
     if rule == "keep_count" and progress > 0.0:
         idle = max(length, value)
@@ -26,20 +30,34 @@ def eased(rule: str, value: float, progress: float, length: int) -> float:
 
 
 def check_budgets(budgets: Any, stages: Sequence[PruningStage]) -> Budgets:
-    """Raises a ValueError unless MAC ratios rise and each comes with one valid value per site."""
+    """Raises a ValueError unless MAC ratios rise and each comes with one value per site, as the rules have them."""
     checked, rules = [], site_rules(stages)
     for entry in check_sequence("budgets", budgets):
-        entry = check_sequence("budgets", entry)
-        if len(entry) != 2:
-            raise ValueError(f"budgets ({entry!r}) must be pairs of a MAC ratio and one value per site")
-        ratio = check_rate("a budget's MAC ratio", entry[0])
-        values = check_sequence("a budget's values", entry[1])
+        pair = check_sequence("budgets", entry)
+        if len(pair) != 2:
+            raise ValueError(f"budgets ({quoted(entry)}) must be pairs of a MAC ratio and one value per site")
+        ratio = check_rate("a budget's MAC ratio", pair[0])
+        values = check_sequence("a budget's values", pair[1])
         if len(values) != len(rules):
-            raise ValueError(f"a budget's values ({list(values)}) must be one per site, and there are {len(rules)}")
+            raise ValueError(f"a budget's values ({quoted(values)}) must be one per site, and there are {len(rules)}")
         checked.append((ratio, tuple(RULES[rule].check(rule, value) for rule, value in zip(rules, values))))
-    if any(late[0] <= early[0] for early, late in pairwise(checked)):
-        raise ValueError(f"the MAC ratios of budgets ({[ratio for ratio, _ in checked]}) must rise")
+        check_falling(stages, checked[-1][1], "a budget's ")
+    ratios = [ratio for ratio, _ in checked]
+    if any(late <= early for early, late in pairwise(ratios)):
+        raise ValueError(f"the MAC ratios of budgets ({quoted(ratios)}) must rise")
     return tuple(checked)
+
+
+def check_waiting_budgets(budgets: Any, stage: PruningStage) -> Budgets:
+    """The same before the number of sites is known: as many as the first budget has.
+
+    stage: the only one, at whatever depth.
+    """
+    entries = check_sequence("budgets", budgets)
+    pair = check_sequence("budgets", entries[0]) if entries else ()
+    sites = len(check_sequence("a budget's values", pair[1])) if len(pair) == 2 else 0
+    sites = max(sites, 1)
+    return check_budgets(entries, (replace(stage, layers=range(sites), values=stage.values[:1] * sites),))
 
 
 def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage], length: int) -> tuple[float, ...]:
@@ -48,7 +66,7 @@ def values_at(budgets: Budgets, macs: float, stages: Sequence[PruningStage], len
     Raises:
         ValueError: no budgets, or a ratio that none of them reaches.
     """
-    macs = check_number("budget", macs)
+    macs, length = check_number("budget", macs), check_integer("length", length, 0)
     if not budgets:
         raise ValueError(f"budget ({macs}) needs a pruning with budgets=[[MAC ratio, [one value per site]], ...]")
     if not budgets[0][0] <= macs <= 1.0:
@@ -69,7 +87,7 @@ def falling(stages: Sequence[PruningStage], values: Sequence[float]) -> list[flo
     """One value per site, stage after stage, where a rule's may not rise none above those of earlier layers."""
     rules, layers = site_rules(stages), [layer for stage in stages for layer in stage.layers]
     least: dict[str, float] = {}
-    result = list(values)
+    result = [RULES[rule].check(rule, value) for rule, value in zip(rules, values)]
     for site in sorted(range(len(layers)), key=layers.__getitem__):
         rule = rules[site]
         least[rule] = min(least.get(rule, result[site]), result[site])

@@ -7,24 +7,39 @@ only ever reads `PruningConfig.sites`.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
-from numbers import Integral, Real
 from typing import Any
 
 from .presets import PRESETS, DepthUnknown
-from .pruning_budgets import Budgets, check_budgets, check_falling, eased, falling, site_rules, values_at
+from .pruning_budgets import (
+    Budgets,
+    check_budgets,
+    check_falling,
+    check_waiting_budgets,
+    eased,
+    falling,
+    site_rules,
+    values_at,
+)
 from .pruning_objective import Objective
-from .pruning_stage import (
-    MERGES,
-    PruningStage,
-    Site,
+from .pruning_stage import MERGES, PruningStage, Site
+from .value_checks import (
+    MOST_IDS,
+    MOST_LAYERS,
     check_bool,
     check_choice,
+    check_fields,
     check_integer,
+    check_mapping,
     check_sequence,
+    is_a,
+    plain,
+    plain_number,
+    quoted,
 )
 
 
@@ -38,7 +53,7 @@ def _check_arguments(preset: str, function: Callable, given: dict[str, Any]) -> 
     takes = f"preset {preset!r} takes {', '.join(parameters)}; with every preset go {', '.join(COMMON_FIELDS)}"
     for name in given:
         if name not in parameters:
-            raise ValueError(f"preset {preset!r} has no hyper-parameter {name!r}: {takes}")
+            raise ValueError(f"preset {preset!r} has no hyper-parameter {quoted(name)}: {takes}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in given:
             raise ValueError(f"preset {preset!r} needs {name!r}: {takes}")
@@ -78,53 +93,49 @@ class PruningConfig:
     awaiting_depth: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        stages = tuple(_stage(stage) for stage in check_sequence("stages", self.stages))
-        check_choice("execution", self.execution, EXECUTIONS)
-        ids = sorted(
-            {
-                check_integer("protected_token_ids", i, 0)
-                for i in check_sequence("protected_token_ids", self.protected_token_ids)
-            }
-        )
-        object.__setattr__(self, "min_tokens", check_integer("min_tokens", self.min_tokens, 1))
+        self._settle("stages", tuple(_stage(stage) for stage in check_sequence("stages", self.stages)))
+        self._settle("execution", check_choice("execution", self.execution, EXECUTIONS))
+        ids = check_sequence("protected_token_ids", self.protected_token_ids, MOST_IDS)
+        self._settle("protected_token_ids", tuple(sorted({check_integer("protected_token_ids", i, 0) for i in ids})))
+        self._settle("min_tokens", check_integer("min_tokens", self.min_tokens, 1))
         check_bool("proportional_attention", self.proportional_attention)
         if self.preset_name is not None:
-            check_choice("preset_name", self.preset_name, PRESETS)
-        object.__setattr__(self, "stages", stages)
-        object.__setattr__(self, "protected_token_ids", tuple(ids))
-        object.__setattr__(self, "objective", Objective.coerce(self.objective))
-        self._check_waiting()
-        self._check_sites()
-        budgets = _frozen(self.budgets) if self.awaiting_depth else check_budgets(self.budgets, self.stages)
-        object.__setattr__(self, "budgets", budgets)
-        for _, values in budgets if not self.awaiting_depth else ():
-            check_falling(self.stages, values, "a budget's ")
+            self._settle("preset_name", check_choice("preset_name", self.preset_name, PRESETS))
+        self._settle("objective", Objective.coerce(self.objective))
+        waiting = self._check_waiting()
+        self._check_sites(waiting or self.stages)
+        budgets = check_waiting_budgets(self.budgets, *waiting) if waiting else check_budgets(self.budgets, self.stages)
+        self._settle("budgets", budgets)
 
-    def _check_waiting(self) -> None:
-        try:
-            waiting = dict(self.awaiting_depth)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"awaiting_depth ({self.awaiting_depth!r}) must be a mapping") from error
-        object.__setattr__(self, "awaiting_depth", tuple((name, _frozen(value)) for name, value in waiting.items()))
-        if not waiting:
-            return
+    def _settle(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_waiting(self) -> list[PruningStage]:
+        """The stage that would follow from some depth, in a list, where it waits for that."""
+        waiting = check_mapping("awaiting_depth", _mapping(self.awaiting_depth), "a mapping")
         function = PRESETS.get(self.preset_name)
-        if function is None or self.stages or "num_layers" not in inspect.signature(function).parameters:
+        if waiting and (function is None or self.stages or "num_layers" not in inspect.signature(function).parameters):
             raise ValueError(
-                f"awaiting_depth ({waiting}) must be of a preset whose stages follow from the depth (preset_name is "
-                f"{self.preset_name!r}), and without stages"
+                f"awaiting_depth ({quoted(waiting)}) must be of a preset whose stages follow from the depth "
+                f"(preset_name is {self.preset_name!r}), and without stages"
             )
+        if not waiting:
+            self._settle("awaiting_depth", ())
+            return []
         _check_arguments(self.preset_name, function, waiting)
-        function(**_thawed(self.awaiting_depth), num_layers=_ANY_DEPTH)  # says what is wrong with the values
+        waiting = {name: plain(value) for name, value in waiting.items()}
+        stages = function(**waiting, num_layers=_ANY_DEPTH)["stages"]  # says what is wrong with the values
+        self._settle("awaiting_depth", tuple((name, _frozen(value)) for name, value in waiting.items()))
+        return stages
 
-    def _check_sites(self) -> None:
-        layers = [layer for stage in self.stages for layer in stage.layers]
-        twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    def _check_sites(self, stages: Sequence[PruningStage]) -> None:
+        layers = Counter(layer for stage in stages for layer in stage.layers)
+        twice = sorted(layer for layer, times in layers.items() if times > 1)
         if twice:
-            raise ValueError(f"layers {twice} are named by more than one stage; a layer holds one site")
-        for stage in self.stages if self.objective is not None else ():
+            raise ValueError(f"layers {quoted(twice)} are named by more than one stage; a layer holds one site")
+        for stage in stages if self.objective is not None else ():
             self.objective.check_stage(stage)
-        check_falling(self.stages, self.values)
+        check_falling(stages, [value for stage in stages for value in stage.values])
 
     @classmethod
     def preset(cls, name: str, **hyperparameters: Any) -> "PruningConfig":
@@ -138,13 +149,18 @@ class PruningConfig:
         Raises:
             ValueError: an unknown preset or hyper-parameter, a missing one, or a value out of range.
         """
-        function = PRESETS[check_choice("preset", name, PRESETS)]
-        common = {key: hyperparameters.pop(key) for key in COMMON_FIELDS if key in hyperparameters}
-        _check_arguments(name, function, hyperparameters)
+        return cls._of_preset(name, hyperparameters)
+
+    @classmethod
+    def _of_preset(cls, name: Any, given: dict[str, Any]) -> "PruningConfig":
+        name = check_choice("preset", name, PRESETS)
+        common = {key: value for key, value in given.items() if key in COMMON_FIELDS}
+        own = {key: value for key, value in given.items() if key not in COMMON_FIELDS}
+        _check_arguments(name, PRESETS[name], own)
         try:
-            made = function(**hyperparameters)
+            made = PRESETS[name](**own)
         except DepthUnknown:
-            made = {"awaiting_depth": _with_defaults(function, hyperparameters)}
+            made = {"awaiting_depth": _with_defaults(PRESETS[name], own)}
         return cls(**{**made, "preset_name": name, **common})
 
     def resolve(self, num_layers: int) -> "PruningConfig":
@@ -153,9 +169,10 @@ class PruningConfig:
         Raises:
             ValueError: a layer that such a model does not have.
         """
+        num_layers = check_integer("num_layers", num_layers, 1 if self.awaiting_depth else 0, MOST_LAYERS)
         config = self
         if self.awaiting_depth:
-            made = PRESETS[self.preset_name](**_thawed(self.awaiting_depth), num_layers=num_layers)
+            made = PRESETS[self.preset_name](**plain(dict(self.awaiting_depth)), num_layers=num_layers)
             config = replace(self, **made, awaiting_depth=())
         for layer in config.sites:
             if layer >= num_layers:
@@ -173,11 +190,14 @@ class PruningConfig:
         Raises:
             ValueError: not as many as there are sites, or a value out of range.
         """
-        values = tuple(values)
-        if len(values) != len(self.values):
-            raise ValueError(f"values ({list(values)}) must be one per site, and there are {len(self.values)}")
-        stages = zip(self.stages, self._by_stage(values))
+        stages = zip(self.stages, self._by_stage(self._one_per_site(values)))
         return replace(self, stages=tuple(replace(stage, values=own) for stage, own in stages))
+
+    def _one_per_site(self, values: Any) -> tuple:
+        values = check_sequence("values", values)
+        if len(values) != len(self.values):
+            raise ValueError(f"values ({quoted(list(values))}) must be one per site, and there are {len(self.values)}")
+        return values
 
     def _by_stage(self, values: Sequence[float]) -> list[tuple[float, ...]]:
         """One value per site -> each stage's."""
@@ -186,7 +206,7 @@ class PruningConfig:
 
     def with_learned(self, values: Sequence[float]) -> "PruningConfig":
         """`with_values`, where values that may not rise are brought down to those of earlier sites."""
-        return self.with_values(falling(self.stages, values))
+        return self.with_values(falling(self.stages, self._one_per_site(values)))
 
     def eased(self, progress: float, length: int) -> "PruningConfig":
         """The same sites on the way from nothing pruned (progress 0) to these values (1).
@@ -216,28 +236,21 @@ class PruningConfig:
         """
         if value is None:
             return None
-        config = value if isinstance(value, cls) else cls._written(value, num_layers)
+        config = value if is_a(value, cls) else cls._written(value, num_layers)
         return config if num_layers is None else config.resolve(num_layers)
 
     @classmethod
     def _written(cls, value: Any, num_layers: int | None) -> "PruningConfig":
-        if isinstance(value, str):
-            value = {"preset": value}
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"pruning ({value!r}) must be a PruningConfig, a preset's name ({', '.join(PRESETS)}), a dict or None"
-            )
-        if "stages" in value or "format_version" in value:
-            return cls.from_dict(value)
-        for key in value:
-            if not isinstance(key, str):
-                raise ValueError(f"a hyper-parameter's name ({key!r}) must be text")
-        hyperparameters = dict(value)
-        name = hyperparameters.pop("preset", None)
-        function = PRESETS[check_choice("preset", name, PRESETS)]
-        if num_layers is not None and "layers" in inspect.signature(function).parameters:
-            hyperparameters.setdefault("layers", default_layers(num_layers))
-        return cls.preset(name, **hyperparameters)
+        given = {"preset": value} if is_a(value, str) else value
+        given = check_mapping(
+            "pruning", given, f"a PruningConfig, a preset's name ({', '.join(PRESETS)}), a dict or None"
+        )
+        if "stages" in given or "format_version" in given:
+            return cls.from_dict(given)
+        name = check_choice("preset", given.pop("preset", None), PRESETS)
+        if num_layers is not None and "layers" in inspect.signature(PRESETS[name]).parameters:
+            given.setdefault("layers", default_layers(check_integer("num_layers", num_layers, 0, MOST_LAYERS)))
+        return cls._of_preset(name, given)
 
     @cached_property
     def sites(self) -> dict[int, Site]:
@@ -275,14 +288,14 @@ class PruningConfig:
         return {
             "format_version": FORMAT_VERSION,
             "preset_name": self.preset_name,
-            "stages": [_plain(asdict(stage)) for stage in self.stages],
+            "stages": [plain(asdict(stage)) for stage in self.stages],
             "execution": self.execution,
             "protected_token_ids": list(self.protected_token_ids),
             "min_tokens": self.min_tokens,
             "proportional_attention": self.proportional_attention,
             "objective": None if self.objective is None else asdict(self.objective),
-            "budgets": _plain(self.budgets),
-            "awaiting_depth": _thawed(self.awaiting_depth),
+            "budgets": plain(self.budgets),
+            "awaiting_depth": plain(dict(self.awaiting_depth)),
         }
 
     @classmethod
@@ -292,13 +305,12 @@ class PruningConfig:
         Raises:
             ValueError: a format that this version does not read, an unknown field, or a value out of range.
         """
-        if not isinstance(data, dict):
-            raise ValueError(f"a pruning config ({data!r}) must be a dict")
-        data = dict(data)
+        data = check_mapping("a pruning config", data)
         version = data.pop("format_version", None)
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise ValueError(f"format_version ({version!r}) of the pruning config must be {FORMAT_VERSION}")
-        return cls(**_known_fields(cls, data))
+        if plain_number(version) != FORMAT_VERSION:
+            raise ValueError(f"format_version ({quoted(version)}) of the pruning config must be {FORMAT_VERSION}")
+        check_fields(cls.__name__, data, cls.__dataclass_fields__)
+        return cls(**data)
 
 
 COMMON_FIELDS = ("execution", "protected_token_ids", "min_tokens", "objective", "budgets")
@@ -309,52 +321,38 @@ def _with_defaults(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
     """All of a preset's hyper-parameters, in plain types."""
     bound = inspect.signature(function).bind(**given)
     bound.apply_defaults()
-    return {name: _plain(_list_of_pair(value)) for name, value in bound.arguments.items() if name != "num_layers"}
+    return {name: _list_of_pair(value) for name, value in bound.arguments.items() if name != "num_layers"}
 
 
 def _list_of_pair(value: Any) -> Any:
     """`(r, inflect)` as [r, float(inflect)], which no list of one r per layer is."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real) and not isinstance(value[1], bool):
-        return [value[0], float(value[1])]
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """In JSON types."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (bool, str)) or value is None:
-        return value
-    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
+    pair = plain(value)
+    if is_a(value, tuple) and type(pair) is list and len(pair) == 2 and type(pair[1]) in (int, float):
+        return [pair[0], float(pair[1])]
+    return pair
 
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _thawed(waiting: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in waiting}
-
-
-def _known_fields(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in fields(cls)]
-    for name in data:
-        if name not in known:
-            raise ValueError(f"unknown field {name!r} of {cls.__name__}; known: {', '.join(known)}")
-    return data
+def _mapping(pairs: Any) -> Any:
+    """The dict that a tuple of pairs of a name and a value stands for; anything else as it is."""
+    if type(pairs) not in (tuple, list):
+        return pairs
+    named = [pair for pair in pairs if type(pair) in (tuple, list) and len(pair) == 2 and type(pair[0]) is str]
+    return dict(named) if len(named) == len(pairs) else pairs
 
 
 def _stage(value: Any) -> PruningStage:
-    if isinstance(value, PruningStage):
+    if is_a(value, PruningStage):
         return value
-    if not isinstance(value, dict):
-        raise ValueError(f"a stage ({value!r}) must be a PruningStage or a dict")
+    given = check_mapping("a stage", value, "a PruningStage or a dict")
     for name in ("layers", "saliency", "rule", "values"):
-        if name not in value:
-            raise ValueError(f"a stage ({value!r}) must have {name!r}")
-    return PruningStage(**_known_fields(PruningStage, value))
+        if name not in given:
+            raise ValueError(f"a stage ({quoted(given)}) must have {name!r}")
+    check_fields("PruningStage", given, PruningStage.__dataclass_fields__)
+    return PruningStage(**given)
 
 
 def default_layers(num_layers: int) -> list[int]:

@@ -3,12 +3,12 @@
 A new objective is one entry in a table of this file and one penalty in `soft_pruning`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .pruning_stage import PruningStage, check_choice, check_number
+from .pruning_stage import PruningStage
+from .value_checks import check_choice, check_fields, check_mapping, check_number, check_rate, is_a, quoted
 
 
 PHASES = ("soft", "hard")
@@ -75,18 +75,21 @@ class Objective:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        method = OBJECTIVES[check_choice("objective", self.name, OBJECTIVES)]
-        check_choice("phase", self.phase, PHASES)
+        object.__setattr__(self, "name", check_choice("objective", self.name, OBJECTIVES))
+        object.__setattr__(self, "phase", check_choice("phase", self.phase, PHASES))
+        method = OBJECTIVES[self.name]
         if (self.name == "budget") != (self.target_macs is not None):
-            raise ValueError(f"target_macs ({self.target_macs!r}) must be given with objective 'budget' and no other")
-        if self.target_macs is not None and not 0 < check_number("target_macs", self.target_macs) <= 1:
-            raise ValueError(f"target_macs ({self.target_macs!r}) must be in (0, 1]")
+            raise ValueError(
+                f"target_macs ({quoted(self.target_macs)}) must be given with objective 'budget' and no other"
+            )
+        if self.target_macs is not None:
+            object.__setattr__(self, "target_macs", check_rate("target_macs", self.target_macs))
         for name in ("penalty", "temperature"):
             self._settle(name, getattr(self, name), getattr(method, name))
 
     def _settle(self, name: str, given: float | None, usual: float | None) -> None:
         if usual is None and given is not None:
-            raise ValueError(f"{name} ({given!r}) must not be given: objective {self.name!r} has none")
+            raise ValueError(f"{name} ({quoted(given)}) must not be given: objective {self.name!r} has none")
         value = usual if given is None else check_number(name, given)
         if value is not None and (value < 0 or (value == 0 and name == "temperature")):
             raise ValueError(f"{name} ({value!r}) must be {'> 0' if name == 'temperature' else '>= 0'}")
@@ -104,19 +107,15 @@ class Objective:
     @classmethod
     def coerce(cls, value: Any) -> "Objective | None":
         """An `Objective` from one, None, its name, or its fields as a dict."""
-        if value is None or isinstance(value, cls):
+        if value is None or is_a(value, cls):
             return value
-        if isinstance(value, str):
+        if is_a(value, str):
             return cls(value)
-        if not isinstance(value, Mapping):
-            raise ValueError(f"objective ({value!r}) must be an Objective, its name, a dict or None")
-        if "name" not in value:
-            raise ValueError(f"objective ({dict(value)!r}) must have 'name': one of {', '.join(OBJECTIVES)}")
-        known = cls.__dataclass_fields__
-        for name in value:
-            if name not in known:
-                raise ValueError(f"unknown field {name!r} of Objective; known: {', '.join(known)}")
-        return cls(**value)
+        given = check_mapping("objective", value, "an Objective, its name, a dict or None")
+        if "name" not in given:
+            raise ValueError(f"objective ({quoted(given)}) must have 'name': one of {', '.join(OBJECTIVES)}")
+        check_fields("Objective", given, cls.__dataclass_fields__)
+        return cls(**given)
 
     def check_stage(self, stage: PruningStage) -> None:
         """Raises a ValueError for a stage that this objective has no masks for."""

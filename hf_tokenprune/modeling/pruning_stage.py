@@ -3,14 +3,25 @@
 A new saliency, rule or reduction is one entry in a table of this file and one function on the floor.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
-from numbers import Integral, Real
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any
+
+from .value_checks import (
+    MOST,
+    MOST_LAYERS,
+    check_choice,
+    check_count,
+    check_integer,
+    check_rate,
+    check_removed,
+    check_sequence,
+    check_threshold,
+    quoted,
+)
 
 
 PLACES = ("between", "before")
@@ -29,67 +40,6 @@ def keep_count(tokens: Any, ratio: tuple[int, int]) -> Any:
     """`floor(tokens * ratio)` in integers; `tokens` may be an int, a symbolic size or an integer tensor."""
     numerator, denominator = ratio
     return tokens * numerator // denominator
-
-
-def check_number(name: str, value: Any) -> float:
-    # An int beyond any float is not finite either.
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} ({value!r}) must be a finite number")
-    return float(value)
-
-
-MOST = 2**31 - 1  # of an integer: no sample has so many tokens
-HIGHEST = 1e30  # of a threshold: float32 holds it, and no score comes near
-
-
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"{name} ({value!r}) must be an integer >= {minimum}")
-    if value > MOST:
-        raise ValueError(f"{name} ({value!r}) must be an integer <= {MOST}")
-    return int(value)
-
-
-def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
-    if value not in tuple(known):
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-    return value
-
-
-def check_bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} ({value!r}) must be True or False")
-    return value
-
-
-def check_sequence(name: str, value: Any) -> tuple:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} ({value!r}) must be a list")
-    return tuple(value)
-
-
-def check_rate(name: str, value: Any) -> float:
-    rate = check_number(name, value)
-    if not 0.0 < rate <= 1.0:
-        raise ValueError(f"{name} ({value!r}) must be in (0, 1]")
-    return rate
-
-
-def check_threshold(name: str, value: Any) -> float:
-    threshold = check_number(name, value)
-    if threshold < 0.0:
-        raise ValueError(f"{name} ({value!r}) must be >= 0")
-    if threshold > HIGHEST:
-        raise ValueError(f"{name} ({value!r}) must be <= {HIGHEST}")
-    return threshold
-
-
-def check_count(name: str, value: Any) -> int:
-    return check_integer(name, value, 1)
-
-
-def check_removed(name: str, value: Any) -> int:
-    return check_integer(name, value, 0)
 
 
 @dataclass(frozen=True)
@@ -154,7 +104,7 @@ class Rule:
     def check_order(self, name: str, values: Sequence[float]) -> None:
         if self.falling and any(late > early for early, late in pairwise(values)):
             raise ValueError(
-                f"{name} ({list(values)}) must not rise from layer to layer: a dropped token stays dropped"
+                f"{name} ({quoted(list(values))}) must not rise from layer to layer: a dropped token stays dropped"
             )
 
 
@@ -240,15 +190,14 @@ class PruningStage:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        layers = tuple(check_integer("layer", layer, 0) for layer in check_sequence("layers", self.layers))
+        layers = tuple(check_integer("layer", layer, 0, MOST_LAYERS) for layer in check_sequence("layers", self.layers))
         if not layers:
             raise ValueError("layers ([]) must name at least one layer")
         if any(late <= early for early, late in pairwise(layers)):
-            raise ValueError(f"layers ({list(layers)}) must rise, each named once")
-        check_choice("saliency", self.saliency, SALIENCIES)
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        check_choice("place", self.place, PLACES)
-        rule = RULES[check_choice("rule", self.rule, RULES)]
+            raise ValueError(f"layers ({quoted(list(layers))}) must rise, each named once")
+        for name, known in (("saliency", SALIENCIES), ("reduction", REDUCTIONS), ("place", PLACES), ("rule", RULES)):
+            object.__setattr__(self, name, check_choice(name, getattr(self, name), known))
+        rule = RULES[self.rule]
         values = _per_layer("values", self.values, layers, lambda value: rule.check(self.rule, value))
         rule.check_order(self.rule, values)
         if self.cut is not None:
@@ -267,7 +216,9 @@ class PruningStage:
                 f"{self.saliency!r}; {self.place!r} goes with {_names(lambda s: self.place in s.places)}"
             )
         if saliency.token_ids and self.layers != (0,):
-            raise ValueError(f"layers ({list(self.layers)}) must be [0] with saliency {self.saliency!r}, of the input")
+            raise ValueError(
+                f"layers ({quoted(list(self.layers))}) must be [0] with saliency {self.saliency!r}, of the input"
+            )
         if saliency.similarity and (self.rule != "remove_count" or self.reduction not in MERGES):
             raise ValueError(
                 f"saliency {self.saliency!r} pairs tokens: rule ({self.rule!r}) must be 'remove_count' and reduction "
@@ -277,11 +228,12 @@ class PruningStage:
             return
         if self.reduction == "drop" or self.rule != "keep_count":
             raise ValueError(
-                f"cut ({list(self.cut)}) must go with rule 'keep_count' (not {self.rule!r}) and a reduction that fuses "
-                f"or merges (not {self.reduction!r})"
+                f"cut ({quoted(list(self.cut))}) must go with rule 'keep_count' (not {self.rule!r}) and a reduction "
+                f"that fuses or merges (not {self.reduction!r})"
             )
 
     def sites(self) -> list[Site]:
+        removed = list(accumulate(self.values)) if self.rule == "remove_count" else None
         return [
             Site(
                 layer,
@@ -291,7 +243,7 @@ class PruningStage:
                 self.reduction,
                 self.place,
                 rate_ratio(value) if self.rule in ("keep_rate", "site_keep_rate") else None,
-                (sum(self.values[: index + 1]), max(self.values)) if self.rule == "remove_count" else None,
+                None if removed is None else (removed[index], max(self.values)),
                 None if self.cut is None else max(self.cut[index], value),
                 self.seed,
             )
@@ -319,7 +271,8 @@ def _per_layer(name: str, values: Any, layers: tuple[int, ...], check: Callable[
     checked = tuple(check(value) for value in check_sequence(name, values))
     if len(checked) != len(layers):
         raise ValueError(
-            f"{name} ({list(checked)}) must be one per layer, and layers ({list(layers)}) are {len(layers)}"
+            f"{name} ({quoted(list(checked))}) must be one per layer, and layers ({quoted(list(layers))}) are "
+            f"{len(layers)}"
         )
     return checked
 
