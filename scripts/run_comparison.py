@@ -158,6 +158,7 @@ class Comparison:
             "seeds": seeds,
             "held_out_samples": self.arguments.held_out_samples,
             "machine": done[names[0], seeds[0]]["machine"],
+            "interpolated": any(report.get("interpolated") for report in reports["pruned"]),
             "quality": summarise(reports),
             "prunings": [report["pruning"] for report in reports["pruned"]],
             "weights": [weights_digest(self.folder_of(seed) / "pruned" / "model") for seed in seeds],

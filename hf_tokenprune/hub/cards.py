@@ -145,7 +145,7 @@ def measured_card(
             "budgets": _at_budgets(pruned),
             "alike": all(own == evidence["prunings"][0] for own in evidence["prunings"]),
         },
-        **_of_pruning(pruning, about["pipeline_tag"], address),
+        **_of_pruning(pruning, about["pipeline_tag"], address, bool(evidence.get("interpolated"))),
     )
 
 
@@ -157,11 +157,12 @@ def unmeasured_card(
     license: str | None,
     template: str | Path,
     address: str = SOMEWHERE,
+    interpolated: bool = False,
 ) -> ModelCard:
     """The card of a model that nothing was measured of: what its config says, and that.
 
     Args:
-        address: as in `measured_card`.
+        address: as in `measured_card`. interpolated: whether its images are not of the model's size.
     """
     tag = pipeline_tag_of(model)
     return ModelCard.from_template(
@@ -169,7 +170,7 @@ def unmeasured_card(
         template_path=str(template),
         about={"title": title, "limits": []},
         measured=None,
-        **_of_pruning(model.config.pruning, tag, address),
+        **_of_pruning(model.config.pruning, tag, address, interpolated),
     )
 
 
@@ -229,7 +230,7 @@ def _at_budgets(pruned: Mapping[str, Any]) -> list[dict[str, float]]:
     return [{name: sum(each[name] for each in own) / len(own) for name in own[0]} for own in by_budget]
 
 
-def _of_pruning(pruning: PruningConfig | None, tag: str, address: str) -> dict[str, Any]:
+def _of_pruning(pruning: PruningConfig | None, tag: str, address: str, interpolated: bool) -> dict[str, Any]:
     """What the template says of a pruning, and of how such a model is loaded."""
     return {
         "sites": [] if pruning is None else sorted(pruning.sites.items()),
@@ -237,6 +238,7 @@ def _of_pruning(pruning: PruningConfig | None, tag: str, address: str) -> dict[s
         "auto_class": next((task.auto for task in HEADS.values() if task.pipeline_tag == tag), NO_HEAD.auto).__name__,
         "address": address,
         "images": tag.startswith("image-"),
+        "interpolated": interpolated,
     }
 
 

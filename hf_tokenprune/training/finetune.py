@@ -20,12 +20,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
-from .. import packaged
+from .. import images, packaged
 from ..command_line import model_source, parse_mapping, written_pruning
 from ..convert import prune
 from ..data import NAMED, DataArguments, processor_sizes, read_images, tokenize
@@ -137,6 +136,8 @@ def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArgum
     overrides = parse_mapping("config_overrides", arguments.config_overrides or "{}")
     model = load_classifier(kind, source, splits["train"].features["label"].names, overrides)
     splits, processing, collate = prepare(arguments, source, splits)
+    if arguments.image_column is not None:
+        collate = images.Sizing.of(model).collate
     tokenizer = processing if arguments.image_column is None else None
     teacher = arguments.teacher_name_or_path
     return TokenPruneTrainer(
@@ -157,7 +158,7 @@ def prepare(
     """What the model takes, what makes it, and what makes batches of it."""
     if arguments.image_column is not None:
         processor = load_processor(source, arguments.image_size)
-        return read_images(splits, processor, arguments.image_size), processor, default_data_collator
+        return read_images(splits, processor, arguments.image_size), processor, images.collate
     tokenizer = AutoTokenizer.from_pretrained(source)
     return tokenize(splits, tokenizer, arguments.max_length), tokenizer, DataCollatorWithPadding(tokenizer)
 
@@ -230,6 +231,8 @@ def _finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArgument
         "arguments": asdict(arguments),
         "training": training.to_sanitized_dict(),
         "pruning": None if pruning is None else pruning.to_dict(),
+        "interpolated": arguments.image_column is not None
+        and images.interpolates(trainer.pruned, trainer.processing_class),
         "machine": describe_machine(training.device),
         "train": trained.metrics if last is None else _of_the_whole_training(folder, trained.metrics),
         "test": tested.metrics,
