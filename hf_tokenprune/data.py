@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from . import packaged
+from .file_kinds import FILE_KINDS, check_folder, file_kind
 from .images import ROW, decoded, number_rows, pixels
 
 
@@ -90,28 +91,6 @@ def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase) -> Non
         raise ValueError(f"max_length ({max_length}) must be > {special}, which the special tokens take")
 
 
-FILE_KINDS = {
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-
-
-def file_kind(file: str | Path) -> str:
-    """The builder of `datasets` that reads a file, packed or not.
-
-    Raises:
-        ValueError: another ending.
-    """
-    for suffix in reversed(Path(file).suffixes):  # data.json.gz
-        if suffix.lower() in FILE_KINDS:
-            return FILE_KINDS[suffix.lower()]
-    raise ValueError(f"{file}: its ending must be one of {', '.join(FILE_KINDS)}")
-
-
 NAMED = {"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."}
 
 
@@ -166,6 +145,8 @@ def _load(name: str, config: str | None, label_column: str, number: Callable) ->
         return _set_a_fifth_aside(number(_read(name, file_kind(path), data_files=str(path)))["train"], name)
     if path.suffix.lower() in FILE_KINDS:
         raise ValueError(f"{name} must be a file, and there is none")
+    if path.is_dir():
+        check_folder(path)
     splits = number(_read(name, name, config))
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
