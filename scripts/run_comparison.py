@@ -4,15 +4,13 @@
     python scripts/run_comparison.py --recipe recipes/minilm-20newsgroups-religion --output_dir out --processes 2
 
 Each run is one call of `run_finetune.py`. Runs that are done are not done again, and with other arguments are refused;
-one that was interrupted goes on.
+one that was interrupted goes on. However this ends, the runs that it started end with it.
 At the end the padded, the unpadded and the pruned model of the first seed are timed in turn, and the `--timed_runs`
 with them. Writes `comparison.json` and `comparison.md`.
 """
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,8 +25,10 @@ from hf_tokenprune.checkpoints import weights_digest
 from hf_tokenprune.command_line import parse_arguments, read_mapping, typed_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
+from hf_tokenprune.training.children import Children
 from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
 from hf_tokenprune.training.finetune import FinetuneArguments
+from hf_tokenprune.training.processes import check_alone
 from hf_tokenprune.training.timed_runs import time_runs
 
 
@@ -63,10 +63,12 @@ class Comparison:
 
     def __init__(self, arguments: ComparisonArguments):
         self.arguments = arguments
+        check_alone("run_comparison.py")
         self.recipe = Recipe.read(arguments.recipe)
         self._check_runs()
         self.folder = Path(arguments.output_dir)
         self.threads = max(1, torch.get_num_threads() // arguments.processes)
+        self.children = Children()
 
     def _check_runs(self) -> None:
         """Raises a ValueError, before any run begins, for a run that there is not, and an argument of one that there is
@@ -115,11 +117,10 @@ class Comparison:
             given = folder / "arguments.yaml"
             write_atomically(given, yaml.safe_dump(self.arguments_of(name, seed, self.folder_of(seed))).encode())
             with open(folder / "log.txt", "ab") as log:
-                command = [sys.executable, str(FINETUNE), str(given)]
                 environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-                done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{name} of seed {seed} ended with {done.returncode}: see {folder / 'log.txt'}")
+                status = self.children.run(FINETUNE, [str(given)], stdout=log, stderr=log, env=environment)
+            if status:
+                raise RuntimeError(f"{name} of seed {seed} ended with {status}: see {folder / 'log.txt'}")
         return json.loads((folder / "report.json").read_text())
 
     def run(self) -> dict[str, Any]:
@@ -128,7 +129,8 @@ class Comparison:
         for job in jobs:
             self.check_done(*job)
         failures: list[Exception] = []
-        with ThreadPoolExecutor(self.arguments.processes) as pool, tqdm(total=len(jobs), desc="runs") as bar:
+        pool = ThreadPoolExecutor(self.arguments.processes)
+        with pool, tqdm(total=len(jobs), desc="runs") as bar, self.children:  # the pool waits for all that still run
 
             def follow(job: tuple[str, int]) -> dict[str, Any] | None:
                 if failures:  # what has not begun need not

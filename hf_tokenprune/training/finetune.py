@@ -32,6 +32,7 @@ from ..files import write_atomically
 from ..metrics import Accuracy
 from ..profiling.machine import describe_machine
 from .arguments import TokenPruneTrainingArguments
+from .processes import check_together
 from .resuming import last_whole_checkpoint
 from .trainer import TokenPruneTrainer
 
@@ -198,6 +199,7 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
         ImportError, OSError, TypeError, ValueError: arguments that do not fit, or a folder that another process trains
             into, before it trains.
     """
+    check_together(training)
     check_testing(training)
     folder = Path(training.output_dir)
     with alone_in(folder) if training.process_index == 0 else nullcontext():
