@@ -26,7 +26,7 @@ from hf_tokenprune.command_line import parse_arguments, read_mapping, typed_argu
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
 from hf_tokenprune.training.children import Children
-from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
+from hf_tokenprune.training.comparison import Recipe, parsed, quality_table, summarise, time_table
 from hf_tokenprune.training.finetune import FinetuneArguments
 from hf_tokenprune.training.processes import check_alone
 from hf_tokenprune.training.timed_runs import time_runs
@@ -107,7 +107,7 @@ class Comparison:
         asked = self.arguments_of(name, seed, Path(found["output_dir"]).parent)
         for argument in [*asked, *found]:
             was, wish = found.get(argument), asked.get(argument)
-            if _parsed(was) != _parsed(wish):
+            if parsed(was) != parsed(wish):
                 raise ValueError(f"{argument} ({wish!r}) must be {was!r}, as in {given}: take another output_dir")
 
     def finetune(self, name: str, seed: int) -> dict[str, Any]:
@@ -171,16 +171,6 @@ class Comparison:
         asked = self.arguments
         rows = time_runs(folder, asked.timed_runs, inputs=asked.timed_inputs, rounds=asked.timed_rounds)
         return {"machine": describe_machine(), "rows": rows}
-
-
-def _parsed(value: Any) -> Any:
-    """A mapping, where a string holds one in JSON: a file may have either."""
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def main() -> None:
