@@ -211,3 +211,17 @@ def test_a_measured_card_says_what_the_comparison_told_it():
         given = {"recipe": "any", "picture": "a.png", "template": root / "model_cards" / "template.md"}
         card = measured_card(about, evidence | {"interpolated": told}, **given)
         assert ("interpolate_pos_encoding=True" in card.text) is told
+
+
+def test_a_processor_that_leaves_images_as_they_are(data, tmp_path):
+    """One by one they have one size each; together they have not."""
+    save(tmp_path / "model", "ViT", (24, 24))
+    ViTImageProcessorPil(do_resize=False, size={"height": 24, "width": 24}).save_pretrained(tmp_path / "model")
+    features = datasets.Features({"image": datasets.Image()})
+    pictures = [np.full((24, 24 + 4 * index, 3), 40 * index, dtype=np.uint8) for index in range(4)]
+    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(tmp_path / "pics.parquet")
+    given = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tmp_path / "pics.parquet")}
+    given |= {"image_column": "image", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(SystemExit, match="the images of a batch must have one size, and the image processor makes 24"):
+        predict_dataset(PredictionArguments(**given))
+    assert predict_dataset(PredictionArguments(**given, max_rows_per_batch=1))["rows"] == 4

@@ -7,7 +7,7 @@ import datasets
 import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from ..images import ImageError, decoded, pixels
+from ..images import ImageError, collate, decoded, pixels
 from .arguments import PredictionError
 
 
@@ -71,7 +71,11 @@ class EncodedImages:
     lengths: list[int]
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:  # [B, 3, H, W]
-        return {"pixel_values": torch.stack([self._pixels(row) for row in rows])}
+        read = [{"pixel_values": self._pixels(row)} for row in rows]
+        try:
+            return collate(read)
+        except ValueError as error:  # of several sizes, where the processor leaves them as they are
+            raise PredictionError(str(error)) from error
 
     def _pixels(self, row: int) -> torch.Tensor:  # [3, H, W]
         """Raises a PredictionError that names the row."""
