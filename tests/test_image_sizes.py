@@ -163,7 +163,7 @@ def test_a_plan(how, data, tmp_path, monkeypatch):
 
 
 def test_a_plan_by_the_clock(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKENPRUNE_CACHE", str(tmp_path / "cache"))
     save(tmp_path / "model", "ViT", (16, 40))
     given = {"model_name_or_path": tmp_path / "model", "dataset_name": data, "image_column": "image", "device": "cpu"}
     few = {"max_inputs": 4, "batch_size": 4, "target_speedup": 1.01, "layers": 1, "rounds": 3}
