@@ -1,16 +1,18 @@
 """Classification data, texts or images, from the packaged sets, the Hub or local files, in one form."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow.compute as pc
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from . import packaged
+from .file_kinds import FILE_KINDS, check_folder, file_kind
+from .images import ROW, decoded, number_rows, pixels
 from .labels import PROBLEMS, encode_labels, gathered
 
 
@@ -45,7 +47,12 @@ def load_classification(
     """
     if input_column == label_column:
         raise ValueError(f"column {input_column!r} must not be both the input and the label")
-    splits = _load(name, config, label_column, label_separator)
+    splits = _load(
+        name,
+        config,
+        label_column,
+        lambda splits: gathered(number_rows(splits) if images else splits, label_column, label_separator),
+    )
     if not all(map(len, splits.values())):
         raise ValueError(_no_rows(name))
     columns = [input_column]
@@ -54,7 +61,7 @@ def load_classification(
     for column in columns:
         if column not in splits["train"].column_names:
             raise ValueError(f"column {column!r} is not in {name}; it has {splits['train'].column_names}")
-    splits = splits.select_columns(columns)
+    splits = splits.select_columns([*columns, ROW] if images else columns)
     check_column(input_column, splits["train"].features[input_column], images=images)
     for column in columns if labelled else [input_column]:
         _check_values(splits, column)
@@ -86,28 +93,6 @@ def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase) -> Non
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:
         raise ValueError(f"max_length ({max_length}) must be > {special}, which the special tokens take")
-
-
-FILE_KINDS = {
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-
-
-def file_kind(file: str | Path) -> str:
-    """The builder of `datasets` that reads a file, packed or not.
-
-    Raises:
-        ValueError: another ending.
-    """
-    for suffix in reversed(Path(file).suffixes):  # data.json.gz
-        if suffix.lower() in FILE_KINDS:
-            return FILE_KINDS[suffix.lower()]
-    raise ValueError(f"{file}: its ending must be one of {', '.join(FILE_KINDS)}")
 
 
 NAMED = {"help": f"Hub id, folder, file, or one of {', '.join(packaged.available_datasets())}."}
@@ -154,16 +139,18 @@ class DataArguments:
         )
 
 
-def _load(name: str, config: str | None, label_column: str, separator: str | None) -> datasets.DatasetDict:
+def _load(name: str, config: str | None, label_column: str, prepare: Callable) -> datasets.DatasetDict:
+    """prepare: what is done to the splits before rows change their places."""
     if name in packaged.available_datasets():
-        return gathered(packaged.load_dataset(name), label_column, separator)
+        return prepare(packaged.load_dataset(name))
     path = Path(name)
     if path.is_file():
-        rows = gathered(_read(name, file_kind(path), data_files=str(path)), label_column, separator)["train"]
-        return _set_a_fifth_aside(rows, name)
+        return _set_a_fifth_aside(prepare(_read(name, file_kind(path), data_files=str(path)))["train"], name)
     if path.suffix.lower() in FILE_KINDS:
         raise ValueError(f"{name} must be a file, and there is none")
-    splits = gathered(_read(name, name, config), label_column, separator)
+    if path.is_dir():
+        check_folder(path)
+    splits = prepare(_read(name, name, config))
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
     unlabelled = label_column not in splits["train"].column_names
@@ -235,13 +222,16 @@ def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, m
 def read_images(
     splits: datasets.DatasetDict, processor: BaseImageProcessor, image_size: int | None = None
 ) -> datasets.DatasetDict:
-    """Decodes and processes each image when it is read: `pixel_values` [3, H, W] and `labels`.
+    """Decodes and processes each image when it is read: `pixel_values` [3, H, W] and `labels`. One that cannot be read
+    ends that with an ImageError that names its row.
 
     Args:
         image_size: pixels of the side that images are brought to; None: as the processor has it.
     """
     sizes = {} if image_size is None else processor_sizes(processor, image_size)
-    return splits.with_transform(partial(_pixels, processor=processor, sizes=sizes))
+    feature = splits["train" if "train" in splits else next(iter(splits))].features["image"]
+    stored = splits.cast_column("image", datasets.Image(decode=False))  # to say which row cannot be decoded
+    return stored.with_transform(partial(_pixels, feature=feature, processor=processor, sizes=sizes))
 
 
 def processor_sizes(processor: BaseImageProcessor, pixels: int) -> dict[str, dict[str, int]]:
@@ -257,16 +247,9 @@ def processor_sizes(processor: BaseImageProcessor, pixels: int) -> dict[str, dic
     return {"size": size} | ({"crop_size": square} if getattr(processor, "do_center_crop", False) else {})
 
 
-def in_colour(image: Any) -> Any:
-    """A PIL image in RGB. Of 16 bits a pixel the higher eight count, where PIL would take all above 255 for white."""
-    if image.mode.startswith("I;16"):
-        from PIL import Image
-
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _pixels(rows: dict[str, list], processor: BaseImageProcessor, sizes: dict[str, Any]) -> dict[str, list]:
-    images = [in_colour(image) for image in rows["image"]]
-    pixels = processor(images, return_tensors="pt", **sizes)["pixel_values"]
-    return {"pixel_values": list(pixels)} | ({"labels": rows["label"]} if "label" in rows else {})
+def _pixels(
+    rows: dict[str, list], feature: datasets.Image, processor: BaseImageProcessor, sizes: dict[str, Any]
+) -> dict[str, list]:
+    named = zip(rows["image"], rows.get(ROW) or ["an image"] * len(rows["image"]))
+    read = [pixels(processor, decoded(feature, value, where), **sizes) for value, where in named]
+    return {"pixel_values": read} | ({"labels": rows["label"]} if "label" in rows else {})

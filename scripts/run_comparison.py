@@ -4,15 +4,13 @@
     python scripts/run_comparison.py --recipe recipes/minilm-20newsgroups-religion --output_dir out --processes 2
 
 Each run is one call of `run_finetune.py`. Runs that are done are not done again, and with other arguments are refused;
-one that was interrupted goes on.
+one that was interrupted goes on. However this ends, the runs that it started end with it.
 At the end the padded, the unpadded and the pruned model of the first seed are timed in turn, and the `--timed_runs`
 with them. Writes `comparison.json` and `comparison.md`.
 """
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,8 +25,10 @@ from hf_tokenprune.checkpoints import weights_digest
 from hf_tokenprune.command_line import parse_arguments, read_mapping, typed_arguments
 from hf_tokenprune.files import write_atomically
 from hf_tokenprune.profiling.machine import describe_machine
-from hf_tokenprune.training.comparison import Recipe, quality_table, summarise, time_table
+from hf_tokenprune.training.children import Children
+from hf_tokenprune.training.comparison import Recipe, parsed, quality_table, summarise, time_table
 from hf_tokenprune.training.finetune import FinetuneArguments
+from hf_tokenprune.training.processes import check_alone
 from hf_tokenprune.training.timed_runs import time_runs
 
 
@@ -63,10 +63,12 @@ class Comparison:
 
     def __init__(self, arguments: ComparisonArguments):
         self.arguments = arguments
+        check_alone("run_comparison.py")
         self.recipe = Recipe.read(arguments.recipe)
         self._check_runs()
         self.folder = Path(arguments.output_dir)
         self.threads = max(1, torch.get_num_threads() // arguments.processes)
+        self.children = Children()
 
     def _check_runs(self) -> None:
         """Raises a ValueError, before any run begins, for a run that there is not, and an argument of one that there is
@@ -105,7 +107,7 @@ class Comparison:
         asked = self.arguments_of(name, seed, Path(found["output_dir"]).parent)
         for argument in [*asked, *found]:
             was, wish = found.get(argument), asked.get(argument)
-            if _parsed(was) != _parsed(wish):
+            if parsed(was) != parsed(wish):
                 raise ValueError(f"{argument} ({wish!r}) must be {was!r}, as in {given}: take another output_dir")
 
     def finetune(self, name: str, seed: int) -> dict[str, Any]:
@@ -115,11 +117,10 @@ class Comparison:
             given = folder / "arguments.yaml"
             write_atomically(given, yaml.safe_dump(self.arguments_of(name, seed, self.folder_of(seed))).encode())
             with open(folder / "log.txt", "ab") as log:
-                command = [sys.executable, str(FINETUNE), str(given)]
                 environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-                done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{name} of seed {seed} ended with {done.returncode}: see {folder / 'log.txt'}")
+                status = self.children.run(FINETUNE, [str(given)], stdout=log, stderr=log, env=environment)
+            if status:
+                raise RuntimeError(f"{name} of seed {seed} ended with {status}: see {folder / 'log.txt'}")
         return json.loads((folder / "report.json").read_text())
 
     def run(self) -> dict[str, Any]:
@@ -128,7 +129,8 @@ class Comparison:
         for job in jobs:
             self.check_done(*job)
         failures: list[Exception] = []
-        with ThreadPoolExecutor(self.arguments.processes) as pool, tqdm(total=len(jobs), desc="runs") as bar:
+        pool = ThreadPoolExecutor(self.arguments.processes)
+        with pool, tqdm(total=len(jobs), desc="runs") as bar, self.children:  # the pool waits for all that still run
 
             def follow(job: tuple[str, int]) -> dict[str, Any] | None:
                 if failures:  # what has not begun need not
@@ -159,6 +161,7 @@ class Comparison:
             "held_out_samples": self.arguments.held_out_samples,
             "problem_type": done[names[0], seeds[0]].get("problem_type"),
             "machine": done[names[0], seeds[0]]["machine"],
+            "interpolated": any(report.get("interpolated") for report in reports["pruned"]),
             "quality": summarise(reports),
             "prunings": [report["pruning"] for report in reports["pruned"]],
             "weights": [weights_digest(self.folder_of(seed) / "pruned" / "model") for seed in seeds],
@@ -169,16 +172,6 @@ class Comparison:
         asked = self.arguments
         rows = time_runs(folder, asked.timed_runs, inputs=asked.timed_inputs, rounds=asked.timed_rounds)
         return {"machine": describe_machine(), "rows": rows}
-
-
-def _parsed(value: Any) -> Any:
-    """A mapping, where a string holds one in JSON: a file may have either."""
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def main() -> None:

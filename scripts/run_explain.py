@@ -14,19 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from transformers import (
-    AutoConfig,
-    DataCollatorWithPadding,
-    PreTrainedConfig,
-    PreTrainedModel,
-    default_data_collator,
-)
+from transformers import AutoConfig, DataCollatorWithPadding, PreTrainedConfig, PreTrainedModel
 
 from hf_tokenprune import packaged
 from hf_tokenprune.checkpoints import load_model, load_processing, takes_images
 from hf_tokenprune.command_line import asked_pruning, model_source, parse_arguments
 from hf_tokenprune.convert import prune
 from hf_tokenprune.data import DataArguments, check_max_length, read_images, tokenize
+from hf_tokenprune.images import collate, sized
 from hf_tokenprune.labels import LISTS, are_flags, check_problem
 from hf_tokenprune.modeling.pruning_config import PruningConfig
 from hf_tokenprune.viz import DocumentView, draw_patches, draw_tokens, explain, render_page, write_page
@@ -79,7 +74,7 @@ def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object
     only = datasets.DatasetDict(rows=rows)
     if arguments.image_column is not None:
         read = list(read_images(only, processing, arguments.image_size)["rows"])
-        return {"pixel_values": default_data_collator(read)["pixel_values"]}, labels
+        return sized(model, {"pixel_values": collate(read)["pixel_values"]}), labels
     rows = tokenize(only, processing, arguments.max_length)["rows"]
     taken = [name for name in processing.model_input_names if name in rows.column_names]
     return dict(DataCollatorWithPadding(processing)(list(rows.select_columns(taken)))), labels

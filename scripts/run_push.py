@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_tokenprune import packaged
-from hf_tokenprune.checkpoints import load_model, load_processing, pipeline_tag_of, weights_digest
+from hf_tokenprune.checkpoints import load_model, load_processing, pipeline_tag_of, takes_images, weights_digest
 from hf_tokenprune.command_line import asked_pruning, model_source, parse_arguments
 from hf_tokenprune.convert import prune
 from hf_tokenprune.hub.cards import (
@@ -34,6 +34,7 @@ from hf_tokenprune.hub.cards import (
     unmeasured_card,
 )
 from hf_tokenprune.hub.push import push, require_token, stage
+from hf_tokenprune.images import interpolates
 from hf_tokenprune.viz import comparison_picture
 
 
@@ -106,6 +107,7 @@ def make(arguments: PushArguments, scratch: Path) -> Path:
     if arguments.recipe is None:
         title = arguments.title or (arguments.repo_id or Path(arguments.stage_dir).name).rpartition("/")[2]
         known = {"base_model": arguments.base_model, "license": arguments.license}
+        known["interpolated"] = takes_images(model.config) and interpolates(model, processing)
         card = unmeasured_card(model, title=title, **known, template=arguments.template, address=address)
         return stage(folder, model, processing, card)
     about, evidence = read_about(arguments.recipe), read_evidence(arguments.evidence, arguments.recipe)

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,14 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_tokenprune import packaged, prune
-from hf_tokenprune.hub.cards import evaluation_results, measured_card, read_about, to_baseline, unmeasured_card
+from hf_tokenprune.hub.cards import (
+    evaluation_results,
+    measured_card,
+    read_about,
+    read_evidence,
+    to_baseline,
+    unmeasured_card,
+)
 from hf_tokenprune.viz.plots import comparison_points
 
 
@@ -157,21 +165,107 @@ def test_what_a_recipe_says_of_its_card_has_types(line, said, tmp_path):
         read_about(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["minilm-reuters-r8", "bert-tiny-20newsgroups-religion"])
-def test_evidence_is_of_the_recipe_whose_card_it_makes(name, tmp_path, monkeypatch):
-    evidence = tmp_path / "comparison.json"
-    measured = (ROOT / "model_cards" / "evidence" / "minilm-20newsgroups-religion.json").read_bytes()
-    evidence.write_bytes(measured)
-    script, recipe = str(ROOT / "scripts" / "run_card.py"), str(ROOT / "recipes" / name)
-    given = ["--recipe", recipe, "--evidence", str(evidence), "--output", str(tmp_path / "card.md")]
+EVIDENCE = ROOT / "model_cards" / "evidence"
+
+
+def card_command(recipe: Path, evidence: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `run_card.py` ends with; nothing is written."""
+    before = sorted(evidence.parent.iterdir())
+    script = str(ROOT / "scripts" / "run_card.py")
+    given = ["--recipe", str(recipe), "--evidence", str(evidence), "--output", str(evidence.parent / "card.md")]
     monkeypatch.setattr(sys, "argv", [script, *given])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(script, run_name="__main__")
-    wrong = {
-        "minilm-reuters-r8": f"dataset_name ('reuters-r8') of {recipe} must be '20newsgroups-religion', which",
-        "bert-tiny-20newsgroups-religion": f"model_name_or_path ('bert-tiny') of {recipe} must be 'minilm-l6', which",
-    }
-    assert wrong[name] in end.value.code and [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
+    assert sorted(evidence.parent.iterdir()) == before
+    return end.value.code
+
+
+WRONG = {
+    "minilm-reuters-r8": "dataset_name ('reuters-r8') of {}, baseline, must be '20newsgroups-religion', which",
+    "bert-tiny-20newsgroups-religion": "model_name_or_path ('bert-tiny') of {}, baseline, must be 'minilm-l6', which",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_evidence_is_of_the_recipe_whose_card_it_makes(name, tmp_path, monkeypatch):
+    evidence, recipe = tmp_path / "comparison.json", ROOT / "recipes" / name
+    evidence.write_bytes((EVIDENCE / "minilm-20newsgroups-religion.json").read_bytes())
+    assert WRONG[name].format(recipe) in card_command(recipe, evidence, monkeypatch)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_evidence_fits_its_own_recipe_alone(recipe, tmp_path, monkeypatch):
+    """Two recipes may share data and model. What older comparisons told is their prunings alone."""
+    for other in RECIPES:
+        evidence = EVIDENCE / f"{other.name}.json"
+        old = {name: value for name, value in json.loads(evidence.read_text()).items() if name != "recipe"}
+        (tmp_path / "old.json").write_text(json.dumps(old))
+        if other == recipe:
+            assert read_evidence(evidence, recipe) and read_evidence(tmp_path / "old.json", recipe) == old
+        else:
+            with pytest.raises(ValueError, match=r"must be .*(which .* was measured with|those of)"):
+                read_evidence(evidence, recipe)
+    assert "must be" in card_command(recipe, other_evidence(recipe, tmp_path), monkeypatch)
+
+
+def other_evidence(recipe: Path, folder: Path) -> Path:
+    """Of another recipe, in a folder of its own."""
+    other = next(each for each in RECIPES if each != recipe)
+    (folder / "other").mkdir()
+    (folder / "other" / "comparison.json").write_bytes((EVIDENCE / f"{other.name}.json").read_bytes())
+    return folder / "other" / "comparison.json"
+
+
+def test_runs_that_were_not_measured_are_named(tmp_path):
+    source = ROOT / "recipes" / "minilm-20newsgroups-religion"
+    recipe = Path(shutil.copytree(source, tmp_path / "recipe"))
+    content = yaml.safe_load((recipe / "controls.yaml").read_text()) | {"another": {"max_length": 9}}
+    (recipe / "controls.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"^the runs of .*recipe must be those of .*: one alone has another$"):
+        read_evidence(EVIDENCE / f"{source.name}.json", recipe)
+
+
+CHANGES = {
+    "pruning": ("pruned", {"pruning": '{"preset": "top_k", "layers": [1], "keep_rate": 0.5}'}),
+    "learning_rate": ("pruned", {"learning_rate": 7e-5}),
+    "distillation_weight": ("pruned", {"distillation_weight": None}),
+    "num_train_epochs": ("baseline", {"num_train_epochs": 1}),
+    "max_length": ("controls", {"truncated": {"pruning": None, "max_length": 7}}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_a_recipe_says_else_is_another_recipe(name, tmp_path):
+    source = ROOT / "recipes" / "minilm-20newsgroups-religion"
+    recipe = Path(shutil.copytree(source, tmp_path / "recipe"))
+    evidence = EVIDENCE / f"{source.name}.json"
+    assert read_evidence(evidence, recipe)
+    file, change = CHANGES[name]
+    content = yaml.safe_load((recipe / f"{file}.yaml").read_text()) | change
+    (recipe / f"{file}.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        ValueError, match=rf"^{name} \(.*\) of .*recipe, {'truncated' if file == 'controls' else file}, must"
+    ):
+        read_evidence(evidence, recipe)
+
+
+def test_a_pruning_may_be_written_either_way(tmp_path):
+    source = ROOT / "recipes" / "minilm-20newsgroups-religion"
+    recipe = Path(shutil.copytree(source, tmp_path / "recipe"))
+    content = yaml.safe_load((recipe / "pruned.yaml").read_text())
+    other = json.dumps(content["pruning"]) if isinstance(content["pruning"], dict) else json.loads(content["pruning"])
+    (recipe / "pruned.yaml").write_text(yaml.safe_dump(content | {"pruning": other}))
+    assert read_evidence(EVIDENCE / f"{source.name}.json", recipe)
+
+
+def test_older_evidence_of_other_sites_is_refused(tmp_path):
+    old = json.loads((EVIDENCE / "minilm-20newsgroups.json").read_text())
+    del old["recipe"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.raises(
+        ValueError, match=r"^pruning \(sites \['0: token_prior, .*\) of .* must be \['1: cls_value_norm"
+    ):
+        read_evidence(tmp_path / "old.json", ROOT / "recipes" / "minilm-20newsgroups-half")
 
 
 def test_a_card_says_of_which_seed_its_times_are():

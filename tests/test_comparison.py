@@ -118,6 +118,7 @@ def test_the_command(tmp_path):
     for row in (pruned, control):
         own = timed[row["run"]]
         assert own["mac_ratio_to_unpadded"] == pytest.approx(row["mac_ratio_to_unpadded"]) and own["realised"] > 0
+    assert report["interpolated"] is False  # of images alone
     assert report["weights"] == [weights_digest(tmp_path / "out" / "seed-4" / "pruned" / "model")]
     assert ">=" not in done.stdout.split("| time |")[1]  # three rounds bound nothing
     assert done.stdout == (tmp_path / "out" / "comparison.md").read_text() and "| pruned | " in done.stdout

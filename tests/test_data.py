@@ -14,7 +14,8 @@ import tiny
 from PIL import Image
 
 from hf_tokenprune.command_line import parse_arguments, written_pruning
-from hf_tokenprune.data import in_colour, load_classification, tokenize
+from hf_tokenprune.data import load_classification, tokenize
+from hf_tokenprune.images import in_colour
 
 
 ROWS = [{"text": f"w{4 + i} w9 w20 w21", "label": i % 2} for i in range(10)]

@@ -1,7 +1,8 @@
 """Model cards from what was measured: nothing in them is typed that a run has not written down."""
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,18 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedModel
 
 from ..checkpoints import CLASSIFY, HEADS, NO_HEAD, pipeline_tag_of, problem_of
-from ..command_line import read_mapping
+from ..command_line import read_mapping, written_pruning
 from ..labels import CLASSES, MULTI_LABEL, REGRESSION
 from ..metrics import LOWER_IS_BETTER
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruning_config import PruningConfig
-from ..training.comparison import Recipe, Score, quality_table, scores_of, time_table
+from ..training.comparison import Recipe, Score, parsed, quality_table, scores_of, time_table
 from ..viz.schedule_plot import schedule_picture
 
 
 NEEDED = ("title", "base", "layers", "license", "pipeline_tag", "dataset", "dataset_title", "split", "limits")
 TEXTS = tuple(name for name in NEEDED if name not in ("layers", "limits"))
-OF_A_TASK = ("dataset_name", "model_name_or_path")  # what two recipes differ in whose cards say other things
+OF_A_TASK = ("dataset_name", "model_name_or_path")  # what is said first where two recipes differ in more
 KINDS = {
     CLASSES: "A classifier",
     REGRESSION: "A regression model",
@@ -73,18 +74,47 @@ def read_evidence(path: str | Path, recipe: str | Path) -> dict[str, Any]:
     missing = [name for name in ("quality", "seeds", "prunings", "machine") if name not in evidence]
     if missing:
         raise ValueError(f"{path} must be what run_comparison.py wrote, and has no {', '.join(missing)}")
-    if evidence.get("recipe"):  # older comparisons did not tell it
-        _check_task(evidence["recipe"]["baseline"], path, recipe)
+    if evidence.get("recipe"):
+        _check_recipe(evidence["recipe"], path, recipe)
+    else:  # older comparisons did not tell it
+        _check_sites(evidence["prunings"], path, recipe)
     return evidence
 
 
-def _check_task(measured: Mapping[str, Any], path: str | Path, recipe: str | Path) -> None:
-    own = Recipe.read(recipe).baseline
-    for name in OF_A_TASK:
-        if own.get(name) != measured.get(name):
-            raise ValueError(
-                f"{name} ({own.get(name)!r}) of {recipe} must be {measured.get(name)!r}, which {path} was measured with"
-            )
+def _check_recipe(measured: Mapping[str, Any], path: str | Path, recipe: str | Path) -> None:
+    """Raises a ValueError for the first argument in which what was measured is not what the recipe says."""
+    read = Recipe.read(recipe)
+    own = {"baseline": read.baseline, **read.others}
+    if not isinstance(measured, Mapping) or not all(isinstance(run, Mapping) for run in measured.values()):
+        raise ValueError(f"recipe ({measured!r}) of {path} must hold the arguments of each run")
+    for run in (run for run in own if run in measured):
+        wish, told = own[run], measured[run]
+        for name in (*OF_A_TASK, *wish, *told):
+            if parsed(wish.get(name)) != parsed(told.get(name)):
+                raise ValueError(
+                    f"{name} ({wish.get(name)!r}) of {recipe}, {run}, must be {told.get(name)!r}, which {path} was "
+                    "measured with"
+                )
+    if differ := sorted(set(own) ^ set(measured)):
+        raise ValueError(f"the runs of {recipe} must be those of {path}: one alone has {', '.join(differ)}")
+
+
+def _check_sites(prunings: Sequence[Mapping[str, Any]], path: str | Path, recipe: str | Path) -> None:
+    """Raises a ValueError for prunings that training, which sets their values, cannot have made of the recipe's."""
+    own = written_pruning(_as_text(Recipe.read(recipe).others["pruned"]["pruning"]), None)
+    wish = _sites(PruningConfig.coerce(own, read_about(recipe)["layers"]))
+    for pruning in prunings:
+        found = _sites(PruningConfig.from_dict(pruning))
+        if found != wish:
+            raise ValueError(f"pruning (sites {wish}) of {recipe} must be {found}, which {path} was measured with")
+
+
+def _sites(pruning: PruningConfig) -> list[str]:
+    return [f"{layer}: {site.saliency}, {site.rule}, {site.place}" for layer, site in sorted(pruning.sites.items())]
+
+
+def _as_text(pruning: str | Mapping[str, Any]) -> str:
+    return pruning if isinstance(pruning, str) else json.dumps(pruning)
 
 
 def measured_card(
@@ -155,7 +185,7 @@ def measured_card(
             "budgets": _at_budgets(pruned),
             "alike": all(own == evidence["prunings"][0] for own in evidence["prunings"]),
         },
-        **_of_pruning(pruning, about["pipeline_tag"], address),
+        **_of_pruning(pruning, about["pipeline_tag"], address, bool(evidence.get("interpolated"))),
         problem=evidence.get("problem_type") or CLASSES,
     )
 
@@ -168,11 +198,12 @@ def unmeasured_card(
     license: str | None,
     template: str | Path,
     address: str = SOMEWHERE,
+    interpolated: bool = False,
 ) -> ModelCard:
     """The card of a model that nothing was measured of: what its config says, and that.
 
     Args:
-        address: as in `measured_card`.
+        address: as in `measured_card`. interpolated: whether its images are not of the model's size.
     """
     tag = pipeline_tag_of(model)
     return ModelCard.from_template(
@@ -180,7 +211,7 @@ def unmeasured_card(
         template_path=str(template),
         about={"title": title, "limits": []},
         measured=None,
-        **_of_pruning(model.config.pruning, tag, address),
+        **_of_pruning(model.config.pruning, tag, address, interpolated),
         problem=problem_of(model.config) if tag in CLASSIFY else CLASSES,
     )
 
@@ -247,7 +278,7 @@ def _at_budgets(pruned: Mapping[str, Any]) -> list[dict[str, float]]:
     return [{name: sum(each[name] for each in own) / len(own) for name in own[0]} for own in by_budget]
 
 
-def _of_pruning(pruning: PruningConfig | None, tag: str, address: str) -> dict[str, Any]:
+def _of_pruning(pruning: PruningConfig | None, tag: str, address: str, interpolated: bool) -> dict[str, Any]:
     """What the template says of a pruning, and of how such a model is loaded."""
     return {
         "sites": [] if pruning is None else sorted(pruning.sites.items()),
@@ -255,6 +286,7 @@ def _of_pruning(pruning: PruningConfig | None, tag: str, address: str) -> dict[s
         "auto_class": next((task.auto for task in HEADS.values() if task.pipeline_tag == tag), NO_HEAD.auto).__name__,
         "address": address,
         "images": tag.startswith("image-"),
+        "interpolated": interpolated,
     }
 
 

@@ -137,7 +137,7 @@ def _key(model: PreTrainedModel, inputs: Mapping[str, Any], layers: Sequence[int
     config = {k: v for k, v in model.config.to_dict().items() if isinstance(v, int | float | str) and k[0] != "_"}
     mask = inputs.get("attention_mask")
     lengths = sorted(mask.sum(dim=1).tolist()) if mask is not None else None
-    shapes = {name: list(value.shape) for name, value in inputs.items()}
+    shapes = {name: list(value.shape) if hasattr(value, "shape") else value for name, value in inputs.items()}
     # Adapters and quantised layers are not in the config.
     parts = [(name, type(module).__name__) for name, module in model.named_modules()]
     weights = [(name, list(weight.shape)) for name, weight in model.named_parameters()]

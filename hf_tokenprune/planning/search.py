@@ -180,7 +180,8 @@ def _name_of(metric: Metric) -> str:
     return f"{module}.{name}"
 
 
-def _digest(value: torch.Tensor) -> str:
+def _digest(value: torch.Tensor | bool) -> str:
+    value = torch.as_tensor(value)
     return hashlib.sha256(value.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 

@@ -87,7 +87,10 @@ class PredictionArguments:
     dataset_config: str | None = None
     dataset_revision: str | None = None
     data_files: list[str] | None = field(default=None, metadata={"help": "files or patterns of one kind"})
-    split: str = field(default="train", metadata={"help": "local files have no other, unless a folder says so"})
+    split: str = field(
+        default="train",
+        metadata={"help": "local files have no other, unless a folder says so; 'train[10:20]': so many of its rows"},
+    )
     text_column: str = "text"
     image_column: str | None = field(default=None, metadata={"help": "images in place of text"})
     id_column: str | None = field(default=None, metadata={"help": "a column that names the rows; copied"})

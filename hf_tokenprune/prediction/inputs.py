@@ -7,8 +7,8 @@ import datasets
 import torch
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from ..data import in_colour
-from .arguments import PredictionError, one_line
+from ..images import ImageError, collate, decoded, pixels
+from .arguments import PredictionError
 
 
 class Encoded(Protocol):
@@ -71,17 +71,18 @@ class EncodedImages:
     lengths: list[int]
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:  # [B, 3, H, W]
-        images = [self._decoded(row) for row in rows]
-        return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
-
-    def _decoded(self, row: int) -> Any:
-        """The image, in colour. Raises a PredictionError that names the row."""
+        read = [{"pixel_values": self._pixels(row)} for row in rows]
         try:
-            return in_colour(self.feature.decode_example(self.values[row]))
-        except Exception as error:  # a decoder for each kind of file, each with errors of its own
-            raise PredictionError(
-                f"row {self.start + row}: the image cannot be read: {type(error).__name__}: {one_line(error)}"
-            ) from error
+            return collate(read)
+        except ValueError as error:  # of several sizes, where the processor leaves them as they are
+            raise PredictionError(str(error)) from error
+
+    def _pixels(self, row: int) -> torch.Tensor:  # [3, H, W]
+        """Raises a PredictionError that names the row."""
+        try:
+            return pixels(self.processor, decoded(self.feature, self.values[row], f"row {self.start + row}"))
+        except ImageError as error:
+            raise PredictionError(str(error)) from error
 
 
 @dataclass(frozen=True)

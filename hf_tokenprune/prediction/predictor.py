@@ -31,6 +31,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import check_max_length
+from ..images import processed_size, size_name, sized
 from ..labels import MULTI_LABEL, NUMBER, REGRESSION
 from ..modeling.token_outputs import EncoderCall
 from .arguments import PredictionArguments
@@ -72,6 +73,7 @@ class Predictor:
         order, numbers = [], []
         for rows in token_batches(encoded.lengths, max_tokens, max_rows):
             batch = {name: value.to(self.model.device) for name, value in encoded.batch(rows).items()}
+            batch = sized(self.model, batch)
             numbers.append(self.head(self.model, batch).float())
             order += rows
             progress(len(rows), sum(encoded.lengths[row] for row in rows))
@@ -176,16 +178,16 @@ def _max_length(asked: int | None, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def _tokens_of_an_image(model: PreTrainedModel, processor: Any) -> int:
-    name = "crop_size" if getattr(processor, "do_center_crop", False) else "size"
-    size = {side: pixels for side, pixels in dict(getattr(processor, name, None) or {}).items() if pixels is not None}
-    height, width = (size.get(side) for side in ("height", "width"))
-    if height is None or width is None:
+    sides = processed_size(processor)
+    if sides is None:
+        name = size_name(processor)
+        size = {side: pixels for side, pixels in dict(getattr(processor, name, None) or {}).items() if pixels}
         raise ValueError(
             f"{name} ({size}) of the image processor must be a height and a width, or do_center_crop true with a "
             "crop_size: the images of a batch have one size"
         )
     patch = model.config.patch_size
-    return model.base_model.structural_tokens + (height // patch) * (width // patch)
+    return model.base_model.structural_tokens + (sides[0] // patch) * (sides[1] // patch)
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # [B, C]

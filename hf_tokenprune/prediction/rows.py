@@ -5,6 +5,7 @@ stream before it, from which it can be read again without what goes before.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import packaged
-from ..data import FILE_KINDS, check_column, file_kind
+from ..data import check_column
+from ..file_kinds import FILE_KINDS, check_folder, check_one_kind, one_kind
 from .arguments import PredictionArguments, PredictionError, one_line
 
 
 _UNTYPED = datasets.Value("null")
 _TEXT = datasets.Value("string")
 _PARQUET_BLOCK = 1000
+_SPLIT = re.compile(r"(?P<name>\w+(\.\w+)*)(\[(?P<first>\d*):(?P<end>\d*)\])?")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,13 @@ def open_rows(arguments: PredictionArguments) -> Rows:
         ValueError: no rows, a column that is not there or holds neither text nor images.
         OSError: no such data set.
     """
-    stream, known, count = _open(arguments)
+    split, part = _part(arguments.split)
+    stream, known, count = _open(arguments, split)
+    if part.start:
+        stream = stream.skip(part.start)
+    if part.stop is not None:
+        stream = stream.take(max(0, part.stop - part.start))
+    count = None if count is None else len(range(count)[part])
     if arguments.max_rows is not None:
         stream = stream.take(arguments.max_rows)
         count = None if count is None else min(count, arguments.max_rows)
@@ -109,6 +118,18 @@ def open_rows(arguments: PredictionArguments) -> Rows:
     features = datasets.Features({wish: known[wish] for wish in wanted})
     check_column(column, features[column], images=arguments.image_column is not None)
     return Rows(stream.select_columns(wanted), features, column, count)
+
+
+def _part(text: str) -> tuple[str, slice]:
+    """A split's name, and which of its rows.
+
+    Raises:
+        ValueError: a part that a stream, which does not know its end, cannot give.
+    """
+    read = _SPLIT.fullmatch(text)
+    if read is None:
+        raise ValueError(f"split ({text!r}) must be a split's name, or rows of it by number as in 'train[10:20]'")
+    return read["name"], slice(int(read["first"] or 0), int(read["end"]) if read["end"] else None)
 
 
 def copied_columns(arguments: PredictionArguments) -> list[str]:
@@ -140,9 +161,11 @@ def check_values(values: list[Any], column: str, start: int) -> None:
             )
 
 
-def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, datasets.Features | None, int | None]:
+def _open(
+    arguments: PredictionArguments, split: str
+) -> tuple[datasets.IterableDataset, datasets.Features | None, int | None]:
     """The stream of all columns, their features, and how many rows it has; the last two None if they are not known."""
-    name, split = arguments.dataset_name, arguments.split
+    name = arguments.dataset_name
     if name in packaged.available_datasets():
         return _one_split(packaged.load_dataset(name), name, split)
     if name is not None and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
@@ -150,7 +173,12 @@ def _open(arguments: PredictionArguments) -> tuple[datasets.IterableDataset, dat
     files = arguments.data_files
     if name is None or Path(name).is_file():
         files = files or [name]
-        name = file_kind(files[0])
+        name = one_kind(files)
+    elif files:
+        known = name if name in FILE_KINDS.values() else None
+        check_one_kind(files, known, name if known is None and Path(name).is_dir() else "")
+    elif Path(name).is_dir():
+        check_folder(name)
     wish = {
         # One kind of local files, whatever they are called, is the split that was asked for.
         "data_files": {split: files} if files and name in FILE_KINDS.values() else files,

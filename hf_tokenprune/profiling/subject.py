@@ -13,7 +13,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    default_data_collator,
     set_seed,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
@@ -22,6 +21,7 @@ from ..checkpoints import load_model, saved_task, takes_images
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import read_images, tokenize
+from ..images import Sizing, collate
 from ..labels import check_problem
 from .arguments import ProfileArguments
 from .baselines import stock_model
@@ -68,7 +68,8 @@ class Subject:
         given = self.collate([self.inputs[row] for row in rows])
         dtype = self.models["pruned"].dtype
         floats = {name for name, value in given.items() if value.is_floating_point()}
-        return {name: value.to(self.device, dtype if name in floats else None) for name, value in given.items()}
+        given = {name: value.to(self.device, dtype if name in floats else None) for name, value in given.items()}
+        return Sizing.of(self.models["pruned"])(given)
 
 
 def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
@@ -95,16 +96,16 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     name = _shape(stock) if arguments.random_weights else arguments.model_name_or_path
     if arguments.dataset_name is None:
         rows = _made_up_images(arguments, model) if images else _made_up_texts(arguments, model)
-        collate = default_data_collator if images else _padded
-        return Subject(name, models, rows, None, collate, "the inputs are made up")
+        make = collate if images else _padded
+        return Subject(name, models, rows, None, make, "the inputs are made up")
     splits = arguments.load(labelled=False)
     rows = _drawn(splits, arguments)
     random = "the weights are random" if arguments.random_weights else None
     unlabelled = random or why_unlabelled(stock, rows, arguments.label_column)
     labels = None if unlabelled else model_labels(splits, rows, stock.config)
     longest = pruned.base_model.longest_input
-    inputs, collate = _real_inputs(rows, arguments, source, tokenizer, min(arguments.max_length, longest))
-    return Subject(name, models, inputs, labels, collate, unlabelled)
+    inputs, make = _real_inputs(rows, arguments, source, tokenizer, min(arguments.max_length, longest))
+    return Subject(name, models, inputs, labels, make, unlabelled)
 
 
 def _load_model(source: str | Path, arguments: ProfileArguments) -> PreTrainedModel:
@@ -180,7 +181,7 @@ def _real_inputs(
     if arguments.image_column is not None:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
         read = list(read_images(only, processor, arguments.image_size)["rows"])
-        return [{"pixel_values": row["pixel_values"]} for row in read], default_data_collator
+        return [{"pixel_values": row["pixel_values"]} for row in read], collate
     if tokenizer is None:
         raise ValueError(f"{arguments.model_name_or_path} must have a tokenizer to read texts")
     rows = tokenize(only, tokenizer, max_length)["rows"]

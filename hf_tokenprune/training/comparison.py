@@ -5,6 +5,7 @@ model starts from the baseline, which is also its teacher where it has one. `con
 they change in `pruned.yaml`: all else, the steps included, is the same.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,16 @@ class Recipe:
             given = {argument: value for argument, value in given.items() if argument not in OF_A_PRUNING}
         taught = any(given.get(weight) for weight in ("distillation_weight", "token_distillation_weight"))
         return given | ({"teacher_name_or_path": baseline} if taught else {})
+
+
+def parsed(value: Any) -> Any:
+    """An argument of a run; a mapping, where a string holds one in JSON: a file may have either."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def summarise(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -24,12 +24,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
-from .. import packaged
+from .. import images, packaged
 from ..command_line import model_source, parse_mapping, written_pruning
 from ..convert import prune
 from ..data import NAMED, DataArguments, processor_sizes, read_images, tokenize
@@ -38,6 +37,7 @@ from ..labels import MULTI_LABEL, check_problem, described, label_names, problem
 from ..metrics import JUDGEMENTS, answers
 from ..profiling.machine import describe_machine
 from .arguments import TokenPruneTrainingArguments
+from .processes import check_together
 from .resuming import last_whole_checkpoint
 from .trainer import TokenPruneTrainer
 
@@ -161,6 +161,8 @@ def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArgum
     check_best(problem, training.metric_for_best_model)
     model = load_classifier(kind, source, problem, _names(splits, own), overrides)
     splits, processing, collate = prepare(arguments, source, splits)
+    if arguments.image_column is not None:
+        collate = images.Sizing.of(model).collate
     tokenizer = processing if arguments.image_column is None else None
     teacher = arguments.teacher_name_or_path
     return TokenPruneTrainer(
@@ -189,7 +191,7 @@ def prepare(
     splits = targets(splits)
     if arguments.image_column is not None:
         processor = load_processor(source, arguments.image_size)
-        return read_images(splits, processor, arguments.image_size), processor, default_data_collator
+        return read_images(splits, processor, arguments.image_size), processor, images.collate
     tokenizer = AutoTokenizer.from_pretrained(source)
     return tokenize(splits, tokenizer, arguments.max_length), tokenizer, DataCollatorWithPadding(tokenizer)
 
@@ -229,6 +231,7 @@ def finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArguments
         ImportError, OSError, TypeError, ValueError: arguments that do not fit, or a folder that another process trains
             into, before it trains.
     """
+    check_together(training)
     check_testing(training)
     folder = Path(training.output_dir)
     with alone_in(folder) if training.process_index == 0 else nullcontext():
@@ -263,6 +266,8 @@ def _finetune(arguments: FinetuneArguments, training: TokenPruneTrainingArgument
         "problem_type": problem,
         "training": training.to_sanitized_dict(),
         "pruning": None if pruning is None else pruning.to_dict(),
+        "interpolated": arguments.image_column is not None
+        and images.interpolates(trainer.pruned, trainer.processing_class),
         "machine": describe_machine(training.device),
         "train": trained.metrics if last is None else _of_the_whole_training(folder, trained.metrics),
         "test": tested.metrics,

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
+from ..images import Sizing
 from ..profiling.baselines import speed_table, time_against_baselines
 from ..profiling.macs import count_macs
 from .finetune import FinetuneArguments, load_splits, prepare
@@ -41,10 +42,13 @@ class Run:
         def load(path: Path) -> PreTrainedModel:
             return kind.from_pretrained(path).eval()
 
-        def batch(rows: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-            return [dict(collate(rows[first : first + size])) for first in range(0, len(rows), size)]
+        model = load(folder / "model")
+        sized = Sizing.of(model)
 
-        return cls(load, load(folder / "model"), rows, batch)
+        def batch(rows: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+            return [sized(collate(rows[first : first + size])) for first in range(0, len(rows), size)]
+
+        return cls(load, model, rows, batch)
 
 
 def time_runs(folder: Path, others: Sequence[str], *, inputs: int, rounds: int) -> list[dict[str, Any]]:

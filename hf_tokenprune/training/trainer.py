@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..checkpoints import problem_of
 from ..convert import prune
 from ..files import write_atomically
+from ..images import sized
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruner_modules import PREDICTORS, VALUES
 from ..modeling.pruning_config import PruningConfig
@@ -396,7 +397,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             return loss, outputs, call
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         with torch.no_grad():
-            taught = self.teacher(**unlabelled, output_hidden_states=tokens)
+            taught = self.teacher(**sized(self.teacher, unlabelled), output_hidden_states=tokens)
         if args.distillation_weight:
             difference = self._difference(inputs, outputs["logits"], taught["logits"])
             loss = loss + self._share * args.distillation_weight * difference
