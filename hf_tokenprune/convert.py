@@ -8,20 +8,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import native_to_pruned, supported_natives
-from .modeling.pruner_modules import ASKED
 from .modeling.pruning_config import PruningConfig
-from .modeling.token_layer import TokenPruneLayer
+from .twins import take_over
 
 
-def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) -> PreTrainedModel:
-    """The model with fewer tokens: same weights (shared, not copied), same task, same outputs.
+def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None, copy: bool = False) -> PreTrainedModel:
+    """The model with fewer tokens: same weights, same task, same outputs.
+
+    The two share the memory of their weights and nothing else: what is trained or loaded in place in one is there in
+    the other, while mode, dtype, device, `requires_grad`, gradients, hooks, buffers, adapters and quantisation are
+    each model's own.
 
     Args:
-        model: a native model of a supported family, base or with a head. It stays usable, unpruned; what its modules
-            are replaced by later (`resize_token_embeddings`) is not shared. One of our own models is taken too. LoRA or
-            quantised layers inside it are called as they are.
+        model: a native model of a supported family, base or with a head. It stays usable, unpruned. What replaces its
+            weights later (`resize_token_embeddings`, `.half()`, `.to(device)`) ends the sharing of these: the pruned
+            model keeps those that it has, with its own config, and the other way round. One of our own models is taken
+            too. LoRA or quantised layers inside it come along, as they are.
         pruning: a `PruningConfig`, a preset's name (sites at a quarter, half and three quarters of the depth), a dict,
             or None: nothing pruned.
+        copy: True shares nothing: every trial of a loop starts from the model's weights.
 
     Raises:
         TypeError: a model of another family, listing the supported ones.
@@ -37,9 +42,8 @@ def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) ->
     config = target.config_class.from_native(model.config, pruning)
     with torch.device("meta"):
         twin = target(config)
-    _share(twin, model)
+    take_over(twin, model, copy_parameters=copy)
     twin.base_model.fit_pruner()
-    twin.name_or_path = model.name_or_path
     return twin
 
 
@@ -89,23 +93,3 @@ def _unsupported(model: Any) -> str:
             f"place, or prune first and then get_peft_model(...) ({supported})"
         )
     return f"{name} cannot be pruned; {supported}"
-
-
-def _share(twin: nn.Module, native: nn.Module) -> None:
-    """Gives `twin` the modules of `native`, as objects. Only what holds our layers stays a module of its own.
-
-    Predictors and tables of one of our own models go along, for the next pruning that asks them.
-    """
-    twin.training = native.training
-    for store in ("_parameters", "_buffers"):
-        getattr(twin, store).update(getattr(native, store))
-    for flag in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-        if hasattr(native, flag):
-            setattr(twin, flag, getattr(native, flag))
-    twin._modules |= {name: native._modules[name] for name in ASKED.values() if name in native._modules}
-    for name, child in twin.named_children():
-        theirs = native._modules.get(name)
-        if theirs is not None and any(isinstance(module, TokenPruneLayer) for module in child.modules()):
-            _share(child, theirs)
-        else:
-            twin._modules[name] = theirs

@@ -1,6 +1,5 @@
 """`calibrate`: the thresholds at which inputs cost a given share on average, and each of them its own."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -147,8 +146,6 @@ def _with_prior(
     """A twin whose table is filled with what `watched` scores, and the stage that takes a share of the tokens by it."""
     stage = PruningStage([0], "token_prior", watched.stages[0].rule, [TINY], place="before")
     twin = prune(model, behind([stage], watched))
-    layer = twin.base_model.token_layers()[0]
-    layer.token_prior = copy.deepcopy(layer.token_prior)  # the model's own table, if it has one, stays as it is
     fit_token_prior(twin, batches)
     threshold = _quantile(_scores(twin, twin.config.pruning, 0, batches), share)
     return twin, (replace(stage, values=[threshold]),)

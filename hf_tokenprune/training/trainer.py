@@ -1,6 +1,5 @@
 """`TokenPruneTrainer`: the stock `Trainer` with distillation, schedules, and a log of what was pruned."""
 
-import copy
 import json
 import math
 import random
@@ -91,11 +90,9 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
     def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Unpruned and in evaluation mode; a copy where the student has the same parameters, as `prune` makes it."""
         check_teacher(self.pruned.config, teacher.config, bool(self.args.token_distillation_weight))
-        teacher = prune(teacher, None)
-        trained = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) in trained for parameter in teacher.parameters()):
-            teacher = copy.deepcopy(teacher)
-        return teacher.to(self.args.device).eval()
+        trained = {parameter.data_ptr() for parameter in self.model.parameters()}
+        shared = any(parameter.data_ptr() in trained for parameter in teacher.parameters())
+        return prune(teacher, None, copy=shared).to(self.args.device).eval()
 
     def _check_arguments(self) -> None:
         args = self.args
@@ -289,14 +286,12 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
 
         @torch.no_grad()
         def measure(pruning: PruningConfig) -> float:
-            twin, training = prune(self.pruned, pruning), self.pruned.training
-            twin.eval()
+            twin = prune(self.pruned, pruning).eval()
             costs = torch.zeros(2, device=self.args.device)
             for batch in batches:
                 call = EncoderCall(work=True)
                 twin(**self._prepare_inputs(batch), encoder_call=call)
                 costs += torch.stack([part.float().sum() for part in sample_macs(call, twin.config)])
-            self.pruned.train(training)  # the twin has its modules
             macs, whole = self.accelerator.reduce(costs, "sum").tolist()
             return macs / whole
 
