@@ -1,5 +1,6 @@
 """`prune`: a native model becomes a pruned one that shares its parameters. And weights from elsewhere."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,4 +93,26 @@ def _unsupported(model: Any) -> str:
             f"{name} wraps a model with adapters; call prune(model.get_base_model(), ...), which keeps the adapters in "
             f"place, or prune first and then get_peft_model(...) ({supported})"
         )
+    inside = _prunable_parts(model)
+    if inside:
+        return f"{name} cannot be pruned as a whole, but what it holds can: {inside} ({supported})"
+    natives = [native.__name__ for native in native_to_pruned() if isinstance(model, native)]
+    if natives:
+        return (
+            f"{name} is a subclass of {natives[0]}, whose own forward would be lost: prune a {natives[0]} ({supported})"
+        )
     return f"{name} cannot be pruned; {supported}"
+
+
+def _prunable_parts(model: Any) -> str:
+    """The lines that prune what a model of another class holds, in words."""
+    known, found = {*native_to_pruned(), *native_to_pruned().values()}, []
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if type(module) in known and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    names = [re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"model.{path}") for path in found]
+    ways = [f"`{name} = prune({name}, ...)`" for name in names]
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if any(key.startswith(f"{path}.") for path in found for pair in tied.items() for key in pair):
+        ways.append("`model.tie_weights()`, because weights of it are tied")
+    return ", then ".join(ways)

@@ -133,7 +133,7 @@ def _fill(ours: nn.Module, theirs: nn.Module, memo: Memo) -> None:
     for name in dict.fromkeys(names):
         ours._modules[name] = copy.deepcopy(theirs._modules.get(name), memo)
     for name, value in vars(theirs).items():
-        if _was_set(name, value, ours):
+        if _was_set(name, value, ours) and (name != "peft_config" or _has_own_adapters(theirs)):
             setattr(ours, name, _copied(value, memo))
 
 
@@ -146,6 +146,11 @@ def _was_set(name: str, value: Any, ours: nn.Module) -> bool:
     if callable(value) and (hasattr(type(ours), name) or hasattr(value, "__self__")):
         return False
     return not (name.startswith("_") and name in vars(ours))
+
+
+def _has_own_adapters(model: nn.Module) -> bool:
+    """Whether transformers added them; peft leaves its config on the model inside of its own, too."""
+    return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def _attach_device_hook(ours: nn.Module, theirs: nn.Module, memo: Memo) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.utils.hub import ModelCard
 
+from .held_inside import HeldInside
+
 
 PIPELINE_TAGS = {
     "AutoModel": "feature-extraction",
@@ -19,7 +21,7 @@ PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 NOBODY_WROTE_IT = "This model card has been automatically generated."
 
 
-class ModelRepository:
+class ModelRepository(HeldInside):
     """How a model is read and published. Goes before the native model class.
 
     Modifications:

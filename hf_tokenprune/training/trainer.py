@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..convert import prune
 from ..files import write_atomically
+from ..modeling.held_inside import address
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruner_modules import PREDICTORS, VALUES
 from ..modeling.pruning_config import PruningConfig
@@ -90,8 +91,8 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
     def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Unpruned and in evaluation mode; a copy where the student has the same parameters, as `prune` makes it."""
         check_teacher(self.pruned.config, teacher.config, bool(self.args.token_distillation_weight))
-        trained = {parameter.data_ptr() for parameter in self.model.parameters()}
-        shared = any(parameter.data_ptr() in trained for parameter in teacher.parameters())
+        trained = {address(parameter) for parameter in self.model.parameters()} - {None}
+        shared = any(address(parameter) in trained for parameter in teacher.parameters())
         return prune(teacher, None, copy=shared).to(self.args.device).eval()
 
     def _check_arguments(self) -> None:
