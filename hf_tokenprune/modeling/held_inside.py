@@ -100,21 +100,28 @@ def _separate(weights: dict[str, Any], prefix: str, module: nn.Module, outermost
 
 def _check_round_trip(outer: PreTrainedModel, module: Any) -> None:
     """Raises a ValueError if loading the outer model would build something else than this pruning."""
-    pruning = module.config.pruning
-    if pruning is None:
+    if module.config.pruning is None:
         return
-    path = next(name for name, each in outer.named_modules() if each is module)
+    path, found = _path_in(outer, module), None
     try:
-        found = dict(_as_loading_builds_it(outer).named_modules()).get(path)
+        found = _built_by_loading(outer, path)
     except Exception as error:
         warnings.warn(
             f"whether {type(outer).__name__} comes back with the pruning of its {path!r} was not checked: its class "
             f"cannot be built from its config alone ({type(error).__name__}: {str(error)[:300]})",
             stacklevel=4,
         )
-    else:
-        if not isinstance(found, HeldInside) or found.config.pruning != pruning:
-            raise ValueError(_would_be_lost(outer, path, found))
+        return
+    if not _has_pruning_of(module, found):
+        raise ValueError(_would_be_lost(outer, path, found))
+
+
+def _path_in(outer: nn.Module, module: nn.Module) -> str:
+    return next(name for name, each in outer.named_modules() if each is module)
+
+
+def _has_pruning_of(module: Any, found: nn.Module | None) -> bool:
+    return isinstance(found, HeldInside) and found.config.pruning == module.config.pruning
 
 
 def _would_be_lost(outer: PreTrainedModel, path: str, found: nn.Module | None) -> str:
@@ -125,9 +132,9 @@ def _would_be_lost(outer: PreTrainedModel, path: str, found: nn.Module | None) -
     whole = "prune the whole model (`prune(model, pruning)`), or " if _stands_for_ours(outer) else ""
     return (
         f"{name} would come back without the pruning of its {path!r}: {name}(config), which loading builds, has "
-        f"{there} there. To keep it, {whole}{way}`model.config.pruning = model.{path}.config.pruning.to_dict()`. Without "
-        f"it, save after `model.{path}.set_pruning(None)`; `torch.save(model.state_dict(), file)` writes the weights as "
-        "they are"
+        f"{there} there. To keep it, {whole}{way}"
+        f"`model.config.pruning = model.{path}.config.pruning.to_dict()`. To save without it, call "
+        f"`model.{path}.set_pruning(None)`; `torch.save(model.state_dict(), file)` writes the weights as they are"
     )
 
 
@@ -139,27 +146,37 @@ def _stands_for_ours(model: PreTrainedModel) -> bool:
     return any(type(model) in kind.__bases__ for kind in kinds)
 
 
-def _as_loading_builds_it(model: PreTrainedModel) -> PreTrainedModel:
+def _built_by_loading(model: PreTrainedModel, path: str) -> nn.Module | None:
+    """What lies at that path in the model that loading builds, before it reads any weights."""
     config = type(model.config).from_dict(model.config.to_dict())
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return type(model)(config)
+        return dict(type(model)(config).named_modules()).get(path)
 
 
-def tell_base(module: Any, adapted: nn.Module) -> None:
+def tell_base(module: Any, adapted: Any) -> None:
     """Warns if what an adapter names as its base has not the pruning that the adapter belongs to."""
-    pruning = module.config.pruning
-    if pruning is None:
+    if module.config.pruning is None:
         return
+    base = adapted if isinstance(adapted, PreTrainedModel) else adapted.get_base_model()
     for adapter in adapted.peft_config.values():
-        base = adapter.base_model_name_or_path or module.name_or_path
-        if _pruning_at(base, module.config) != pruning:
+        name = adapter.base_model_name_or_path or base.name_or_path
+        if not _base_comes_back(module, base, name):
             warnings.warn(
-                f"this adapter names {base!r} as its base, where no such pruning is: AutoPeftModel and AutoModel "
+                f"this adapter names {name!r} as its base, where no such pruning is: AutoPeftModel and AutoModel "
                 "load it on an unpruned model. Load it with PeftModel.from_pretrained(prune(base, pruning), folder), "
                 "with model.config.pruning.to_dict() kept as JSON; or save the pruned model itself, load that and "
                 "adapt it: then every way of loading comes back pruned",
                 stacklevel=4,
             )
+
+
+def _base_comes_back(module: Any, base: PreTrainedModel, name: str) -> bool:
+    if base is module:
+        return _pruning_at(name, module.config) == module.config.pruning
+    try:
+        return _has_pruning_of(module, _built_by_loading(base, _path_in(base, module)))
+    except Exception:
+        return False
 
 
 def _pruning_at(name: str, config: Any) -> PruningConfig | None:
