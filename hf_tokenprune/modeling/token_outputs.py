@@ -5,6 +5,7 @@ what an objective adds in its soft phase, a scalar: `loss` has it in it, and a l
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from transformers.modeling_outputs import (
@@ -105,6 +106,15 @@ class LayerWork:
     prefix: int
 
 
+class LinearMacs(NamedTuple):
+    """Multiply-accumulates of one token in the linear parts of one layer."""
+
+    key_value: int
+    query: int
+    output: int
+    feed_forward: int
+
+
 @dataclass
 class EncoderCall:
     """What one call asks of the encoder, and what it collects; made for the call and dropped with it.
@@ -112,6 +122,7 @@ class EncoderCall:
     Args:
         first_token_only: the head reads each sample's first token alone.
         trace, work, scores, hidden_states, attentions: what to collect.
+        linear_macs: by layer, what `layer_work` is counted with; None: what the config says.
         restore: whether the sequence comes back in full length.
         start, end: the state at the input, and after the last layer; states: the state after each site, by layer.
         layer_work: one entry per layer.
@@ -130,6 +141,7 @@ class EncoderCall:
     end: TokenState | None = None
     states: dict[int, TokenState] = field(default_factory=dict)
     layer_work: list[LayerWork] = field(default_factory=list)
+    linear_macs: list[LinearMacs] | None = None
     decided: dict[int, tuple[Scores, TokenState]] = field(default_factory=dict)
     softened: list[tuple[Site, TokenState]] = field(default_factory=list)
 

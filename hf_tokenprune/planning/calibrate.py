@@ -15,7 +15,8 @@ from ..modeling.pruning_config import PruningConfig, default_layers
 from ..modeling.pruning_stage import PruningStage
 from ..modeling.selection import relative_scores
 from ..modeling.token_outputs import EncoderCall
-from ..profiling.macs import count_call, evaluating
+from ..profiling.linear_macs import evaluating, linear_macs
+from ..profiling.macs import count_call
 from ..training.budget import HIGHEST, thresholds_for_budget
 from ..training.token_prior import TINY, fit_token_prior
 from .held_back import Batches, all_batches, sample
@@ -181,9 +182,10 @@ def _scores(model: PreTrainedModel, pruning: PruningConfig, layer: int, batches:
 def _measured(model: PreTrainedModel, pruning: PruningConfig, batches: Batches) -> Calibration:
     """A pruning with what it costs."""
     twin, costs, whole = prune(model, pruning), [], []
+    linear = linear_macs(twin)
     with evaluating(twin):
         for batch in batches:
-            call = EncoderCall(work=True)
+            call = EncoderCall(work=True, linear_macs=linear)
             twin(**batch, encoder_call=call)
             count = count_call(call, twin.config)
             costs += count.per_sample

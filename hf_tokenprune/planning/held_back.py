@@ -10,7 +10,8 @@ from ..convert import prune
 from ..metrics import paired_bootstrap
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_outputs import EncoderCall
-from ..profiling.macs import count_call, evaluating
+from ..profiling.linear_macs import evaluating, linear_macs
+from ..profiling.macs import count_call
 from .plan import closest_rate
 
 
@@ -45,9 +46,10 @@ def run_pruned(model: PreTrainedModel, pruning: PruningConfig | None, batches: B
         TypeError: a model without logits.
     """
     twin, logits, cost, whole = prune(model, pruning), [], 0, 0
+    linear = linear_macs(twin)
     with evaluating(twin):
         for batch in batches:
-            call = EncoderCall(work=True)
+            call = EncoderCall(work=True, linear_macs=linear)
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             output = twin(**inputs, encoder_call=call)
             if "logits" not in output:

@@ -24,7 +24,8 @@ from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruner_modules import PREDICTORS, VALUES
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import sample_macs
-from ..modeling.token_outputs import EncoderCall
+from ..modeling.token_outputs import EncoderCall, LinearMacs
+from ..profiling.linear_macs import linear_macs
 from .arguments import TokenPruneTrainingArguments
 from .budget import MISSED, THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, difference_to_teacher, kept_token_mse
@@ -266,6 +267,16 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         longest, pruning = self.pruned.base_model.longest_input, self.pruned.config.pruning
         self.pruned.set_pruning(with_budgets(pruning, self.args.budgets, measure, longest, clamp=trained))
 
+    def _linear_macs(self) -> list[LinearMacs] | None:
+        """With adapters, what they and the layers around them cost a token; measured once."""
+        if not hasattr(self, "_measured_linear_macs"):
+            try:
+                self._measured_linear_macs = linear_macs(self.pruned)
+            except ValueError as error:  # it is for logs and targets, and training need not end for it
+                logger.warning(f"adapters are in no MAC count: {error}")
+                self._measured_linear_macs = None
+        return self._measured_linear_macs
+
     def _fill_prior(self) -> None:
         """Every process fills the same table, from the same inputs."""
         if self.args.prior_samples and prior_is_empty(self.pruned):
@@ -287,10 +298,10 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
 
         @torch.no_grad()
         def measure(pruning: PruningConfig) -> float:
-            twin = prune(self.pruned, pruning).eval()
+            twin, linear = prune(self.pruned, pruning).eval(), self._linear_macs()
             costs = torch.zeros(2, device=self.args.device)
             for batch in batches:
-                call = EncoderCall(work=True)
+                call = EncoderCall(work=True, linear_macs=linear)
                 twin(**self._prepare_inputs(batch), encoder_call=call)
                 costs += torch.stack([part.float().sum() for part in sample_macs(call, twin.config)])
             macs, whole = self.accelerator.reduce(costs, "sum").tolist()
@@ -329,7 +340,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        call = EncoderCall(work=True)
+        call = EncoderCall(work=True, linear_macs=self._linear_macs())
         result = super().prediction_step(model, {**inputs, "encoder_call": call}, *args, **kwargs)
         if self._evaluated is not None:
             costs = torch.stack(sample_macs(call, self.pruned.config), dim=1)
@@ -352,7 +363,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             loss, whole, _ = self._student_loss(model, inputs, items)
             for pupil in pupils:
                 self.pruned.set_pruning(pupil)
-                call = EncoderCall(work=True)
+                call = EncoderCall(work=True, linear_macs=self._linear_macs())
                 outputs = model(**unlabelled, encoder_call=call)
                 logits, more = outputs["logits"], outputs.get("pruning_loss")
                 loss = loss + self._share * self._difference(inputs, logits, whole["logits"])
@@ -376,7 +387,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], items: Any
     ) -> tuple[torch.Tensor, Any, EncoderCall]:
         args, tokens = self.args, bool(self.args.token_distillation_weight)
-        call = EncoderCall(work=True, trace=tokens)
+        call = EncoderCall(work=True, trace=tokens, linear_macs=self._linear_macs())
         extra = {"encoder_call": call} | ({"output_hidden_states": True} if tokens else {})
         loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, items)
         if outputs.get("loss") is None:  # a loss of the Trainer's own knows nothing of the pruning's
