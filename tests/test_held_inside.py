@@ -49,6 +49,7 @@ class Pair(nn.Module):
 
 class PretrainedPair(PreTrainedModel):
     config_class = BertConfig
+    _supports_sdpa = True
 
     def __init__(self, config: BertConfig, order: str = "base pruned"):
         super().__init__(config)
@@ -144,6 +145,7 @@ class Holder(PreTrainedModel):
 
     config_class = BertConfig
     base_model_prefix = "bert"
+    _supports_sdpa = True
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
