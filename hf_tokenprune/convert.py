@@ -18,7 +18,8 @@ def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None, co
 
     The two share the memory of their weights and nothing else: what is trained or loaded in place in one is there in
     the other, while mode, dtype, device, `requires_grad`, gradients, hooks, buffers, adapters and quantisation are
-    each model's own.
+    each model's own. So an optimizer wants the parameters of one of them. A module that holds both is saved with both;
+    what `from_pretrained` fills has memory of its own.
 
     Args:
         model: a native model of a supported family, base or with a head. It stays usable, unpruned. What replaces its

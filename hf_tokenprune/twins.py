@@ -37,10 +37,11 @@ def take_over(twin: nn.Module, original: nn.Module, *, copy_parameters: bool) ->
     memo: Memo = {id(theirs): ours for ours, theirs in pairs}
     memo |= {id(theirs.config): ours.config for ours, theirs in pairs if hasattr(theirs, "config")}
     modules = list(original.modules())
+    _leave_behind(modules, memo)
     if not copy_parameters:
         _share_parameters(modules, memo)
         _share_offloaded(modules, memo)
-    _prepare(modules, memo)
+    _copy_what_was_set(modules, memo)
     for ours, theirs in pairs:
         _fill(ours, theirs, memo)
     for ours, theirs in pairs:
@@ -88,17 +89,23 @@ def _share_offloaded(modules: list[nn.Module], memo: Memo) -> None:
             memo |= {id(held): held for held in maps if held is not None}
 
 
-def _prepare(modules: list[nn.Module], memo: Memo) -> None:
-    """Fills the memo with what `deepcopy` would copy wrongly, or not at all."""
+def _leave_behind(modules: list[nn.Module], memo: Memo) -> None:
+    """Other people's hooks, and the graph of what was computed: tensors of one cannot be copied with it."""
     for module in modules:
         for name in HOOKS:
             hooks = vars(module)[name]
-            kept = {key: hook for key, hook in hooks.items() if _makes_weights(hook)}
-            memo[id(hooks)] = type(hooks)(kept)
+            memo[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _makes_weights(hook))
         for value in (*vars(module).values(), *module._buffers.values()):
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
+
+
+def _copy_what_was_set(modules: list[nn.Module], memo: Memo) -> None:
+    """One by one, so that what cannot be copied is no hindrance to the module that has it."""
     for module in modules:
+        for name in HOOKS:
+            kept = memo[id(vars(module)[name])]
+            kept.update({key: _copied(hook, memo) for key, hook in kept.items()})
         for name, value in vars(module).items():
             if name not in STORES and not isinstance(value, PLAIN) and id(value) not in memo:
                 _copied(value, memo)
