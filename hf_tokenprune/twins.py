@@ -22,6 +22,8 @@ MAKERS = ("torch.nn.utils.", "torch.ao.", "torchao.", "bitsandbytes.", "peft.")
 PLAIN = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.Size)
 # What an offloading hook reads weights from.
 OFFLOADED = ("weights_map", "tied_params_map")
+# Said of the original alone: that others wrapped its forward, or hung hooks on it.
+OF_THE_ORIGINAL = ("config", "_hf_hook", "_is_accelerate_prepared", "_output_capturing_hooks_installed")
 
 Memo = dict[int, Any]
 
@@ -148,7 +150,7 @@ def _was_set(name: str, value: Any, ours: nn.Module) -> bool:
     """Whether it is more than what torch keeps, what our own class sets, or a method in place of a class's own."""
     if name == "training":
         return True
-    if name in STORES or name in ("config", "_hf_hook", "_is_accelerate_prepared"):
+    if name in STORES or name in OF_THE_ORIGINAL:
         return False
     if callable(value) and (hasattr(type(ours), name) or hasattr(value, "__self__")):
         return False

@@ -170,6 +170,16 @@ def test_a_hook_on_the_base_is_called_for_the_base_alone():
     assert base.bert.embeddings in calls
 
 
+@CASE
+def test_what_was_called_before_is_pruned_as_what_was_not(case):
+    fresh, called = tiny.build(case), tiny.build(case)
+    called(**tiny.inputs_for(case), output_hidden_states=True)
+    models = [prune(base, TOP_K) for base in (fresh, called)]
+    sets = [{name: set(vars(module)) for name, module in model.named_modules()} for model in models]
+    assert sets[0] == sets[1]
+    assert not any(module._forward_hooks for module in models[1].modules())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "change",
