@@ -1,5 +1,6 @@
 """`prune`: a native model becomes a pruned one that shares its parameters. And weights from elsewhere."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,21 +9,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import native_to_pruned, supported_natives
-from .modeling.pruner_modules import ASKED
 from .modeling.pruning_config import PruningConfig
-from .modeling.token_layer import TokenPruneLayer
 from .modeling.value_checks import quoted
+from .twins import take_over
 
 
-def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) -> PreTrainedModel:
-    """The model with fewer tokens: same weights (shared, not copied), same task, same outputs.
+def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None, copy: bool = False) -> PreTrainedModel:
+    """The model with fewer tokens: same weights, same task, same outputs.
+
+    The two share the memory of their weights and nothing else: what is trained or loaded in place in one is there in
+    the other, while mode, dtype, device, `requires_grad`, gradients, hooks, buffers, adapters and quantisation are
+    each model's own. So an optimizer wants the parameters of one of them. A module that holds both is saved with both;
+    what `from_pretrained` fills has memory of its own.
 
     Args:
-        model: a native model of a supported family, base or with a head. It stays usable, unpruned; what its modules
-            are replaced by later (`resize_token_embeddings`) is not shared. One of our own models is taken too. LoRA or
-            quantised layers inside it are called as they are.
+        model: a native model of a supported family, base or with a head. It stays usable, unpruned. What replaces its
+            weights later (`resize_token_embeddings`, `.half()`, `.to(device)`) ends the sharing of these: the pruned
+            model keeps those that it has, with its own config, and the other way round. One of our own models is taken
+            too. LoRA or quantised layers inside it come along, as they are.
         pruning: a `PruningConfig`, a preset's name (sites at a quarter, half and three quarters of the depth), a dict,
             or None: nothing pruned.
+        copy: True shares nothing: every trial of a loop starts from the model's weights.
 
     Raises:
         TypeError: a model of another family, listing the supported ones.
@@ -38,9 +45,8 @@ def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None) ->
     config = target.config_class.from_native(model.config, pruning)
     with torch.device("meta"):
         twin = target(config)
-    _share(twin, model)
+    take_over(twin, model, copy_parameters=copy)
     twin.base_model.fit_pruner()
-    twin.name_or_path = model.name_or_path
     return twin
 
 
@@ -89,24 +95,26 @@ def _unsupported(model: Any) -> str:
             f"{name} wraps a model with adapters; call prune(model.get_base_model(), ...), which keeps the adapters in "
             f"place, or prune first and then get_peft_model(...) ({supported})"
         )
+    inside = _prunable_parts(model)
+    if inside:
+        return f"{name} cannot be pruned as a whole, but what it holds can: {inside} ({supported})"
+    natives = [native.__name__ for native in native_to_pruned() if isinstance(model, native)]
+    if natives:
+        return (
+            f"{name} is a subclass of {natives[0]}, whose own forward would be lost: prune a {natives[0]} ({supported})"
+        )
     return f"{name} cannot be pruned; {supported}"
 
 
-def _share(twin: nn.Module, native: nn.Module) -> None:
-    """Gives `twin` the modules of `native`, as objects. Only what holds our layers stays a module of its own.
-
-    Predictors and tables of one of our own models go along, for the next pruning that asks them.
-    """
-    twin.training = native.training
-    for store in ("_parameters", "_buffers"):
-        getattr(twin, store).update(getattr(native, store))
-    for flag in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-        if hasattr(native, flag):
-            setattr(twin, flag, getattr(native, flag))
-    twin._modules |= {name: native._modules[name] for name in ASKED.values() if name in native._modules}
-    for name, child in twin.named_children():
-        theirs = native._modules.get(name)
-        if theirs is not None and any(isinstance(module, TokenPruneLayer) for module in child.modules()):
-            _share(child, theirs)
-        else:
-            twin._modules[name] = theirs
+def _prunable_parts(model: Any) -> str:
+    """The lines that prune what a model of another class holds, in words."""
+    known, found = {*native_to_pruned(), *native_to_pruned().values()}, []
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if type(module) in known and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    names = [re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"model.{path}") for path in found]
+    ways = [f"`{name} = prune({name}, ...)`" for name in names]
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if any(key.startswith(f"{path}.") for path in found for pair in tied.items() for key in pair):
+        ways.append("`model.tie_weights()`, because weights of it are tied")
+    return ", then ".join(ways)

@@ -1,4 +1,4 @@
-"""`prune`: the same parameters under our classes, and a native model that never notices."""
+"""`prune`: the same weights under our classes, and a native model that never notices."""
 
 import copy
 import importlib.util
@@ -62,7 +62,7 @@ def without_dropout(case: tiny.Case) -> tiny.Case:
 
 
 @pytest.mark.parametrize("case", tiny.ALL)
-def test_parameters_and_modules_are_the_same_objects(case):
+def test_it_is_our_class_with_the_same_names(case):
     native = tiny.build(case)
     pruned = prune(native, TOP_K)
 
@@ -70,11 +70,8 @@ def test_parameters_and_modules_are_the_same_objects(case):
     for store in ("named_parameters", "named_buffers"):
         theirs, ours = dict(getattr(native, store)()), dict(getattr(pruned, store)())
         assert list(ours) == list(theirs)
-        assert all(ours[name] is theirs[name] for name in theirs)
-    theirs = dict(native.named_modules())
-    for name, module in pruned.named_modules():
-        holds_layers = any(isinstance(inner, TokenPruneLayer) for inner in module.modules())
-        assert holds_layers or module is theirs[name], name
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [name for name, _ in pruned.named_modules()] == [name for name, _ in native.named_modules()]
 
 
 @pytest.mark.parametrize("case", tiny.ALL)
@@ -164,10 +161,10 @@ def test_dtype_is_copied(case, dtype):
 
 
 @pytest.mark.parametrize("case", tiny.ALL)
-def test_requires_grad_is_the_same_flag(case):
+def test_requires_grad_is_copied_parameter_by_parameter(case):
     native = tiny.build(case)
-    pruned = prune(native, TOP_K)
     native.base_model.requires_grad_(False)
+    pruned = prune(native, TOP_K)
 
     flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
     assert {name: parameter.requires_grad for name, parameter in pruned.named_parameters()} == flags
@@ -219,7 +216,7 @@ def test_our_own_models_are_taken_too(case):
     assert first.config.pruning == TOP_K
     torch.testing.assert_close(output(first, case), before, rtol=0, atol=0)
     assert_close(output(second, case), output(tiny.build(case), case))
-    assert all(ours is theirs for ours, theirs in zip(second.parameters(), first.parameters()))
+    assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in zip(second.parameters(), first.parameters()))
 
 
 @pytest.mark.parametrize("case", tiny.ALL)

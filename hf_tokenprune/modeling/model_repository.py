@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils.hub import ModelCard
 
 from .checkpoint_files import check_files, check_loaded, reading_fault, shapes_that_differ
+from .held_inside import HeldInside
 
 
 PIPELINE_TAGS = {
@@ -21,7 +22,7 @@ PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 NOBODY_WROTE_IT = "This model card has been automatically generated."
 
 
-class ModelRepository:
+class ModelRepository(HeldInside):
     """How a model is read and published. Goes before the native model class.
 
     Modifications:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from .pruning_stage import MERGES
-from .token_outputs import EncoderCall, LayerWork
+from .token_outputs import EncoderCall, LayerWork, LinearMacs
 
 
 def call_macs(call: EncoderCall, config: Any) -> torch.Tensor:
     """What each layer of one call cost for each sample: [layers, B]."""
-    return _macs(call.layer_work, config)
+    return _macs(call.layer_work, call.linear_macs, config)
 
 
 def unpruned_macs(call: EncoderCall, config: Any, *, lossless: bool = False) -> torch.Tensor:
@@ -26,7 +26,7 @@ def unpruned_macs(call: EncoderCall, config: Any, *, lossless: bool = False) -> 
     if lossless and not call.whole_sequence:
         one = torch.ones_like(tokens)
         last = replace(whole, queries=one, contexts=one, feed_forward=one)
-    return _macs([whole] * (len(call.layer_work) - 1) + [last], config)
+    return _macs([whole] * (len(call.layer_work) - 1) + [last], call.linear_macs, config)
 
 
 def sample_macs(call: EncoderCall, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,17 +34,22 @@ def sample_macs(call: EncoderCall, config: Any) -> tuple[torch.Tensor, torch.Ten
     return call_macs(call, config).sum(dim=0), unpruned_macs(call, config).sum(dim=0)
 
 
-def _macs(layer_work: list[LayerWork], config: Any) -> torch.Tensor:
+def stock_linear_macs(config: Any) -> LinearMacs:
+    """What the linear parts of a layer cost that is as the config says."""
+    one = config.hidden_size * config.attention_width
+    return LinearMacs(key_value=2 * one, query=one, output=one, feed_forward=config.feed_forward_macs)
+
+
+def _macs(layer_work: list[LayerWork], linear: list[LinearMacs] | None, config: Any) -> torch.Tensor:
     """long [layers, B]"""
-    return torch.stack([_layer_macs(work, config) for work in layer_work])
+    linear = [stock_linear_macs(config)] * len(layer_work) if linear is None else linear
+    return torch.stack([_layer_macs(work, each, config) for work, each in zip(layer_work, linear)])
 
 
-def _layer_macs(work: LayerWork, config: Any) -> torch.Tensor:  # [B]
-    hidden, width = config.hidden_size, config.attention_width
-    macs = 2 * work.keys * hidden * width  # key and value projections
-    macs = macs + (work.queries + work.contexts) * hidden * width  # query and output projections
-    macs = macs + 2 * work.contexts * work.keys * width  # attention logits, and the mean of the values
-    macs = macs + work.feed_forward * config.feed_forward_macs
+def _layer_macs(work: LayerWork, linear: LinearMacs, config: Any) -> torch.Tensor:  # [B]
+    macs = work.keys * linear.key_value + work.queries * linear.query + work.contexts * linear.output
+    macs = macs + 2 * work.contexts * work.keys * config.attention_width  # attention logits, and the mean of the values
+    macs = macs + work.feed_forward * linear.feed_forward
     return macs if work.site is None else macs + _site_macs(work, config)
 
 

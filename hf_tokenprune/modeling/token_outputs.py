@@ -5,6 +5,7 @@ objective adds in its soft phase, a scalar: a head's `loss` has it in it, and a 
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from transformers.modeling_outputs import (
@@ -108,6 +109,15 @@ class LayerWork:
     prefix: int
 
 
+class LinearMacs(NamedTuple):
+    """Multiply-accumulates of one token in the linear parts of one layer."""
+
+    key_value: int
+    query: int
+    output: int
+    feed_forward: int
+
+
 @dataclass
 class EncoderCall:
     """What one call asks of the encoder, and what it collects; made for the call and dropped with it.
@@ -116,6 +126,7 @@ class EncoderCall:
         first_token_only: the head reads each sample's first token alone.
         trace, work, scores, hidden_states, attentions: what to collect; of hidden states all, or those at some
             indices; first_shown: the index from which on they are shown.
+        linear_macs: by layer, what `layer_work` is counted with; None: what the config says.
         restore: whether the sequence comes back in full length.
         native_layers: hooks look at what goes through, and nothing is pruned: native layers do the work.
         texts: where the texts lie, if the input was flattened.
@@ -141,6 +152,7 @@ class EncoderCall:
     end: TokenState | None = None
     states: dict[int, TokenState] = field(default_factory=dict)
     layer_work: list[LayerWork] = field(default_factory=list)
+    linear_macs: list[LinearMacs] | None = None
     decided: dict[int, tuple[Scores, TokenState]] = field(default_factory=dict)
     softened: list[tuple[Site, TokenState]] = field(default_factory=list)
 

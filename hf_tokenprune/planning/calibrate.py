@@ -1,6 +1,5 @@
 """`calibrate`: the thresholds at which inputs cost a given share on average, and each of them its own."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,8 @@ from ..modeling.pruning_config import PruningConfig, default_layers
 from ..modeling.pruning_stage import PruningStage
 from ..modeling.selection import relative_scores
 from ..modeling.token_outputs import EncoderCall
-from ..profiling.macs import count_call, evaluating
+from ..profiling.linear_macs import evaluating, linear_macs
+from ..profiling.macs import count_call
 from ..training.budget import HIGHEST, thresholds_for_budget
 from ..training.token_prior import TINY, fit_token_prior
 from .held_back import Batches, all_batches, sample
@@ -147,8 +147,6 @@ def _with_prior(
     """A twin whose table is filled with what `watched` scores, and the stage that takes a share of the tokens by it."""
     stage = PruningStage([0], "token_prior", watched.stages[0].rule, [TINY], place="before")
     twin = prune(model, behind([stage], watched))
-    layer = twin.base_model.token_layers()[0]
-    layer.token_prior = copy.deepcopy(layer.token_prior)  # the model's own table, if it has one, stays as it is
     fit_token_prior(twin, batches)
     threshold = _quantile(_scores(twin, twin.config.pruning, 0, batches), share)
     return twin, (replace(stage, values=[threshold]),)
@@ -184,9 +182,10 @@ def _scores(model: PreTrainedModel, pruning: PruningConfig, layer: int, batches:
 def _measured(model: PreTrainedModel, pruning: PruningConfig, batches: Batches) -> Calibration:
     """A pruning with what it costs."""
     twin, costs, whole = prune(model, pruning), [], []
+    linear = linear_macs(twin)
     with evaluating(twin):
         for batch in batches:
-            call = EncoderCall(work=True)
+            call = EncoderCall(work=True, linear_macs=linear)
             twin(**batch, encoder_call=call)
             count = count_call(call, twin.config)
             costs += count.per_sample

@@ -13,7 +13,8 @@ from ..labels import CLASSES
 from ..metrics import JUDGEMENTS, answers, bootstrap, paired_bootstrap
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_outputs import EncoderCall
-from ..profiling.macs import count_call, evaluating
+from ..profiling.linear_macs import evaluating, linear_macs
+from ..profiling.macs import count_call
 from ..training.distillation import difference_to_teacher
 from .plan import closest_rate
 
@@ -49,9 +50,10 @@ def run_pruned(model: PreTrainedModel, pruning: PruningConfig | None, batches: B
         TypeError: a model without logits.
     """
     twin, logits, cost, whole = prune(model, pruning), [], 0, 0
+    linear = linear_macs(twin)
     with evaluating(twin):
         for batch in batches:
-            call = EncoderCall(work=True)
+            call = EncoderCall(work=True, linear_macs=linear)
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             output = twin(**inputs, encoder_call=call)
             if "logits" not in output:

@@ -20,8 +20,8 @@ from ..files import write_atomically
 from ..modeling.pruning_config import PruningConfig
 from ..packaged import cache_dir
 from ..profiling.latency import Timing, speedup, time_interleaved
+from ..profiling.linear_macs import evaluating
 from ..profiling.machine import describe_machine
-from ..profiling.macs import evaluating
 
 
 logger = logging.get_logger(__name__)

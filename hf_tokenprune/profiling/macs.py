@@ -3,19 +3,18 @@
 The counts come from the token states of a real call, so adaptive methods are counted as they decided.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..convert import prune
 from ..families import native_to_pruned
 from ..modeling.token_macs import call_macs, unpruned_macs
 from ..modeling.token_outputs import EncoderCall
+from .linear_macs import evaluating, linear_macs
 
 
 @dataclass(frozen=True)
@@ -43,32 +42,22 @@ class MacCount:
         return self.total / self.unpruned
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards each of its modules as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
     """Counts what one input costs in evaluation mode.
 
     Args:
-        model: one of our models, or a native one of a supported family: its `total` is the stock encoder's.
+        model: one of our models, or a native one of a supported family: its `total` is the stock encoder's. What
+            adapters cost that are active now, and not merged, is in every count; peft's model around is taken, too.
         inputs: what the model is called with.
 
     Raises:
-        TypeError: a model of an unsupported family.
+        TypeError: a model of an unsupported family, or one whose adapter is made of further tokens.
+        ValueError: adapters that cannot be counted by token, such as those that make new weights on each call.
     """
+    model = _inside(model)
     native = type(model) in native_to_pruned()
     ours = prune(model, None if native else getattr(getattr(model, "config", None), "pruning", None))
-    call = EncoderCall(work=True)
+    call = EncoderCall(work=True, linear_macs=linear_macs(ours))
     with torch.no_grad(), evaluating(ours):
         ours(**inputs, encoder_call=call)
     count = count_call(call, ours.config)
@@ -80,8 +69,20 @@ def count_macs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> MacCount:
     )
 
 
+def _inside(model: Any) -> Any:
+    """The model that peft's is around."""
+    if not hasattr(model, "get_base_model") or not hasattr(model, "active_peft_config"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        kind = type(model.active_peft_config).__name__
+        raise TypeError(f"{kind} adds tokens of its own to each input, which are in no count; count get_base_model()")
+    return model.get_base_model()
+
+
 def count_call(call: EncoderCall, config: Any) -> MacCount:
     """Counts what one call cost that was made with `encoder_call=EncoderCall(work=True)`.
+
+    With `linear_macs=linear_macs(model)` besides, adapters are counted.
 
     Args:
         config: the called model's config.

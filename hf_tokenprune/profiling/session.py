@@ -22,6 +22,7 @@ from .baselines import time_against_baselines
 from .energy import measure_energy
 from .figures import Figure, batch_times, mean_of_inputs, median_of, quartiles, score_of_inputs, share_of_inputs, times
 from .latency import FEWEST, Timing, time_interleaved
+from .linear_macs import linear_macs
 from .machine import describe_machine, machine_line
 from .macs import MacCount, count_call
 from .memory import peak_memory, peak_resident
@@ -151,9 +152,9 @@ class Session:
     @torch.inference_mode()
     def _work(self, model: PreTrainedModel) -> tuple[list[MacCount], list[list[float]]]:
         """What each batch costs, and for each input the tokens that leave each layer."""
-        counts, tokens = [], []
+        counts, tokens, linear = [], [], linear_macs(model)
         for batch in self.subject.batches(self.size):
-            call = EncoderCall(work=True)
+            call = EncoderCall(work=True, linear_macs=linear)
             model(**batch, encoder_call=call)
             counts.append(count_call(call, model.config))
             tokens += torch.stack([work.feed_forward for work in call.layer_work], dim=1).tolist()
@@ -287,9 +288,9 @@ class Session:
         points = []
         for progress in CURVE:
             model = prune(pruned, replace(pruning, budgets=(), objective=None).eased(progress, longest)).eval()
-            predicted, macs = [], []
+            predicted, macs, linear = [], [], linear_macs(model)
             for batch in self.subject.batches(self.size):
-                call = EncoderCall(work=True)
+                call = EncoderCall(work=True, linear_macs=linear)
                 predicted.append(model(**batch, encoder_call=call).logits.float().cpu())
                 macs += count_call(call, model.config).per_sample
             score = self._score(torch.cat(predicted).numpy())

@@ -13,7 +13,7 @@ from ..modeling.pruning_stage import SALIENCIES, PruningStage
 from ..modeling.selection import relative_scores
 from ..modeling.token_outputs import EncoderCall
 from ..modeling.token_state import TokenState
-from ..profiling.macs import evaluating
+from ..profiling.linear_macs import evaluating
 
 
 TINY = 1e-9  # a threshold that all reach

@@ -1,6 +1,5 @@
 """`TokenPruneTrainer`: the stock `Trainer` with distillation, schedules, and a log of what was pruned."""
 
-import copy
 import json
 import math
 import random
@@ -22,11 +21,13 @@ from ..checkpoints import problem_of
 from ..convert import prune
 from ..files import write_atomically
 from ..images import sized
+from ..modeling.held_inside import address
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruner_modules import PREDICTORS, VALUES
 from ..modeling.pruning_config import PruningConfig
 from ..modeling.token_macs import sample_macs
-from ..modeling.token_outputs import EncoderCall
+from ..modeling.token_outputs import EncoderCall, LinearMacs
+from ..profiling.linear_macs import linear_macs
 from .arguments import TokenPruneTrainingArguments
 from .budget import MISSED, THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
 from .distillation import check_teacher, difference_to_teacher, kept_token_mse
@@ -93,11 +94,9 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
     def _prepared(self, teacher: PreTrainedModel) -> PreTrainedModel:
         """Unpruned and in evaluation mode; a copy where the student has the same parameters, as `prune` makes it."""
         check_teacher(self.pruned.config, teacher.config, bool(self.args.token_distillation_weight))
-        teacher = prune(teacher, None)
-        trained = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) in trained for parameter in teacher.parameters()):
-            teacher = copy.deepcopy(teacher)
-        return teacher.to(self.args.device).eval()
+        trained = {address(parameter) for parameter in self.model.parameters()} - {None}
+        shared = any(address(parameter) in trained for parameter in teacher.parameters())
+        return prune(teacher, None, copy=shared).to(self.args.device).eval()
 
     def _check_arguments(self) -> None:
         args = self.args
@@ -275,6 +274,16 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         longest, pruning = self.pruned.base_model.longest_input, self.pruned.config.pruning
         self.pruned.set_pruning(with_budgets(pruning, self.args.budgets, measure, longest, clamp=trained))
 
+    def _linear_macs(self) -> list[LinearMacs] | None:
+        """With adapters, what they and the layers around them cost a token; measured once."""
+        if not hasattr(self, "_measured_linear_macs"):
+            try:
+                self._measured_linear_macs = linear_macs(self.pruned)
+            except ValueError as error:  # it is for logs and targets, and training need not end for it
+                logger.warning(f"adapters are in no MAC count: {error}")
+                self._measured_linear_macs = None
+        return self._measured_linear_macs
+
     def _fill_prior(self) -> None:
         """Every process fills the same table, from the same inputs."""
         if self.args.prior_samples and prior_is_empty(self.pruned):
@@ -296,14 +305,12 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
 
         @torch.no_grad()
         def measure(pruning: PruningConfig) -> float:
-            twin, training = prune(self.pruned, pruning), self.pruned.training
-            twin.eval()
+            twin, linear = prune(self.pruned, pruning).eval(), self._linear_macs()
             costs = torch.zeros(2, device=self.args.device)
             for batch in batches:
-                call = EncoderCall(work=True)
+                call = EncoderCall(work=True, linear_macs=linear)
                 twin(**self._prepare_inputs(batch), encoder_call=call)
                 costs += torch.stack([part.float().sum() for part in sample_macs(call, twin.config)])
-            self.pruned.train(training)  # the twin has its modules
             macs, whole = self.accelerator.reduce(costs, "sum").tolist()
             return macs / whole
 
@@ -340,7 +347,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        call = EncoderCall(work=True)
+        call = EncoderCall(work=True, linear_macs=self._linear_macs())
         result = super().prediction_step(model, {**inputs, "encoder_call": call}, *args, **kwargs)
         if self._evaluated is not None:
             costs = torch.stack(sample_macs(call, self.pruned.config), dim=1)
@@ -363,7 +370,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             loss, whole, _ = self._student_loss(model, inputs, items)
             for pupil in pupils:
                 self.pruned.set_pruning(pupil)
-                call = EncoderCall(work=True)
+                call = EncoderCall(work=True, linear_macs=self._linear_macs())
                 outputs = model(**unlabelled, encoder_call=call)
                 logits, more = outputs["logits"], outputs.get("pruning_loss")
                 loss = loss + self._share * self._difference(inputs, logits, whole["logits"])
@@ -387,7 +394,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], items: Any
     ) -> tuple[torch.Tensor, Any, EncoderCall]:
         args, tokens = self.args, bool(self.args.token_distillation_weight)
-        call = EncoderCall(work=True, trace=tokens)
+        call = EncoderCall(work=True, trace=tokens, linear_macs=self._linear_macs())
         extra = {"encoder_call": call} | ({"output_hidden_states": True} if tokens else {})
         loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, items)
         if outputs.get("loss") is None:  # a loss of the Trainer's own knows nothing of the pruning's
