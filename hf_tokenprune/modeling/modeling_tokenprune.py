@@ -278,8 +278,8 @@ class TokenPruneModel(PrunerModules, Prunable):
             return None
         if token_ids is None:
             raise ValueError(
-                f"protected_token_ids ({quoted(list(pruning.protected_token_ids))}) need input_ids to be found in; give "
-                "those, or prune without protected ids"
+                f"protected_token_ids ({quoted(list(pruning.protected_token_ids))}) need input_ids to be found in; "
+                "give those, or prune without protected ids"
             )
         return torch.isin(token_ids, torch.tensor(pruning.protected_token_ids, device=device))
 
