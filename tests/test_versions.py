@@ -50,12 +50,13 @@ USED = {
         "get_checkpoint_conversion_mapping",
         "register_checkpoint_conversion_mapping",
     },
-    "transformers.masking_utils": {"create_bidirectional_mask"},
+    "transformers.masking_utils": {"ALL_MASK_ATTENTION_FUNCTIONS", "create_bidirectional_mask"},
     # load_state_dict: of safetensors, as from_pretrained does next
     "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS", "load_state_dict"},
     "transformers.processing_utils": {"Unpack"},
     "transformers.utils": {"ModelOutput", "TransformersKwargs", "logging"},
     "transformers.utils.generic": {"can_return_tuple"},
+    "transformers.utils.output_capturing": {"selected_hidden_states"},  # from 5.20; asked for within a try
     "transformers.utils.hub": {"ModelCard"},  # where a model publishes itself, and there alone
 }
 REACH_OUT = {

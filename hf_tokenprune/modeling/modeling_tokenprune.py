@@ -17,12 +17,6 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-
-try:  # since 5.20 hidden states may be chosen by their indices
-    from transformers.utils.output_capturing import selected_hidden_states
-except ImportError:
-    selected_hidden_states = None
-
 from .call_arguments import check_arguments, hooked_modules
 from .flat_texts import find_texts
 from .model_repository import ModelRepository
@@ -30,6 +24,7 @@ from .pruner_modules import ASKED, PrunerModules
 from .pruning_config import PruningConfig
 from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES
+from .restoring import deposit, faded, restored, show, wanted_states
 from .saliency import TokenPrior
 from .soft_pruning import SoftModule, objective_loss
 from .token_layer import LayerPlan, LayerStates, LayerVisit
@@ -178,7 +173,7 @@ class TokenPruneModel(PrunerModules, Prunable):
         given = {wish: kwargs.get(f"output_{wish}") for wish in ("hidden_states", "attentions")}
         asked = {w: getattr(self.config, f"output_{w}", False) if v is None else v for w, v in given.items()}
         call.attentions = bool(asked["attentions"])
-        call.hidden_states, call.first_shown = _wanted_states(asked["hidden_states"], len(self.token_layers()))
+        call.hidden_states, call.first_shown = wanted_states(asked["hidden_states"], len(self.token_layers()))
         call.native_layers = self._native_layers()
         call.work = call.work or self.softening is not None
         if call.attentions and self.config._attn_implementation != "eager":
@@ -318,20 +313,20 @@ class TokenPruneModel(PrunerModules, Prunable):
         call.start = state
         for index, layer in enumerate(layers):
             if call.hidden_states is not False:
-                hidden = _show(hidden, state, bank, call.wants_states(index), hidden_states)
+                hidden = show(hidden, state, bank, call.wants_states(index), hidden_states)
             plan = self._plan(index, attention, not call.whole_sequence and index == len(layers) - 1, call)
             before, visit = hidden, LayerVisit(state, plan)
             hidden = layer(hidden, visit, self.config)
             state = visit.states.left
             if state.carrier is not None and state.weight is not None:
-                bank = _faded(hidden, before, state, bank)
+                bank = faded(hidden, before, state, bank)
             elif plan.site is not None and state.carrier is not None:
-                bank = _deposit(before, visit.state, state, bank)
+                bank = deposit(before, visit.state, state, bank)
             if call.attentions and visit.attention_map is not None:
                 attentions.append(visit.attention_map)
             self._collect(call, index, plan, visit.state, visit.states)
         if call.hidden_states is not False:
-            hidden = _show(hidden, state, bank, call.wants_states(len(layers)), hidden_states)
+            hidden = show(hidden, state, bank, call.wants_states(len(layers)), hidden_states)
         call.end = state
         call.pruning_loss = self.pruning_loss(call)
         return self.output_class(
@@ -349,7 +344,7 @@ class TokenPruneModel(PrunerModules, Prunable):
             first = self.final_norm(state.layout.first(hidden)[:, None])  # [B, 1, D]
             return {"pooler_output": self.pool(first), "last_hidden_state": first}
         if call.restore:
-            full = self.final_norm(_restore(hidden, state, bank))
+            full = self.final_norm(restored(hidden, state, bank))
             everywhere = call.start.layout.full and call.start.layout.rows == call.start.input.length
             first = first_of(full, call.start.carrier >= 0, everywhere)
             if call.start.input.padded:
@@ -407,61 +402,6 @@ class TokenPruneModel(PrunerModules, Prunable):
         queries = entered.counts if plan.asks_all(entered) else attending.counts + first
         counts = before.counts, entered.counts, queries, attending.counts, left.counts
         call.layer_work.append(LayerWork(*counts, plan.site, before.input.prefix))
-
-
-def _wanted_states(asked: Any, layers: int) -> tuple[bool | frozenset[int], int]:
-    """Which hidden states are asked for, and how many of the first are not shown at all: 0 or 1.
-
-    All, none, or those at some indices, negative ones from the end. Before 5.20 indices counted layers.
-    """
-    if selected_hidden_states is None and isinstance(asked, list | tuple | set):
-        return frozenset(index + 1 for index in asked), 1
-    selected = selected_hidden_states(asked) if asked and selected_hidden_states is not None else None
-    if selected is None:
-        return bool(asked), 0
-    states = layers + 1
-    return frozenset(index % states for index in selected if -states <= index < states), 0
-
-
-def _show(
-    hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None, wanted: bool, shown: list[torch.Tensor | None]
-) -> torch.Tensor:
-    """Adds the restored states [B, N, D] to those shown, None where they are not wanted; returns the rows that go on.
-
-    They are read from what is shown, so that gradients with respect to that are right: none for tokens that are gone.
-    Where masks stand for removal, what is shown is what that would leave.
-    """
-    full = _restore(hidden, state, bank) if wanted else None
-    shown.append(full)
-    if full is None or not hidden.requires_grad or state.weight is not None:
-        return hidden
-    return state.layout.read(full, state.positions)
-
-
-def _deposit(hidden: torch.Tensor, before: TokenState, after: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
-    """Keeps the states of the tokens that a site drops: [B, N, D], zeros where no token was ever dropped."""
-    full = before.layout.gather(hidden, before.carrier)
-    bank = torch.zeros_like(full) if bank is None else bank
-    dropped = (before.carrier >= 0) & (after.carrier < 0)
-    return torch.where(dropped[..., None], full, bank)
-
-
-def _faded(hidden: torch.Tensor, before: torch.Tensor, state: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
-    """The restored states [B, N, D] after a layer where masks stand for removal: new ones by as much as is left of a
-    token, and for the rest those that it had."""
-    full = state.layout.gather(hidden, state.carrier)
-    bank = state.layout.gather(before, state.carrier) if bank is None else bank
-    share = state.weight.gather(1, state.carrier.clamp(min=0))[..., None].to(full.dtype)
-    return torch.where((state.carrier >= 0)[..., None], share * full + (1 - share) * bank, torch.zeros_like(full))
-
-
-def _restore(hidden: torch.Tensor, state: TokenState, bank: torch.Tensor | None) -> torch.Tensor:
-    """Full length [B, N, D]: alive tokens as they are, dropped ones as they were last whole, zeros for padding."""
-    if state.weight is not None and bank is not None:
-        return bank
-    full = state.layout.gather(hidden, state.carrier)
-    there = (state.carrier >= 0)[..., None]
-    return torch.where(there, full, torch.zeros_like(full) if bank is None else bank)
 
 
 class TokenPruneHead(Prunable):
