@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.token_state import TokenState
 
 
@@ -55,13 +54,6 @@ def kept_token_mse(student: torch.Tensor, teacher: torch.Tensor, state: TokenSta
     left = state.weights.gather(1, state.carrier.clamp(min=0)).masked_fill(state.carrier < 0, 0.0)  # [B, N]
     errors = (student.float() - teacher.detach().float()).square().mean(dim=-1)
     return (left * errors).sum() / left.sum().clamp(min=1e-6)
-
-
-def check_takes_texts(teacher: Any) -> None:
-    """Raises a ValueError for a native teacher of a flattened batch, which it would take for one text."""
-    if not isinstance(teacher, Prunable):
-        name = type(teacher).__name__
-        raise ValueError(f"the teacher ({name}) would take a flattened batch for one text: give prune(teacher, None)")
 
 
 def check_teacher(student: Any, teacher: Any, states: bool) -> None:

@@ -30,7 +30,7 @@ from ..modeling.token_outputs import EncoderCall, LinearMacs
 from ..profiling.linear_macs import linear_macs
 from .arguments import TokenPruneTrainingArguments
 from .budget import MISSED, THRESHOLDS, check_reach, thresholds_for_budget, with_budgets
-from .distillation import check_takes_texts, check_teacher, difference_to_teacher, kept_token_mse
+from .distillation import check_teacher, difference_to_teacher, kept_token_mse
 from .publishing import WithoutPickles
 from .resuming import last_whole_checkpoint
 from .schedule import KeepRateWarmup, SoftToHard, pruned_model
@@ -402,8 +402,6 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
             loss = loss if more is None else loss + self._share * more
         if not args.distillation_weight and not tokens:
             return loss, outputs, call
-        if call.texts is not None:
-            check_takes_texts(self.accelerator.unwrap_model(self.teacher))
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         with torch.no_grad():
             taught = self.teacher(**sized(self.teacher, unlabelled), output_hidden_states=tokens)
