@@ -34,9 +34,17 @@ USED = {
     "os.path": {"exists"},
     "packaging": {"version"},
     "reprlib": {"Repr"},
-    "sys": {"float_info"},
+    "sys": {"float_info", "_getframe"},  # whose weights are being collected
     "torch": {
-        *("BoolTensor", "Tensor", "autocast", "autograd._profiler_enabled", "backends.cuda.matmul.fp32_precision"),
+        *(
+            "BoolTensor",
+            "Size",
+            "Tensor",
+            "random.fork_rng",
+            "autocast",
+            "autograd._profiler_enabled",
+            "backends.cuda.matmul.fp32_precision",
+        ),
         *("compiler.is_compiling", "cuda.get_device_capability"),
         *("compiler.is_exporting", "device", "finfo", "func.functional_call", "inf", "is_autocast_enabled"),
         *("is_grad_enabled", "jit.is_tracing", "linalg.vector_norm", "nan", "nn", "no_grad"),
@@ -57,6 +65,7 @@ USED = {
     "transformers.utils": {"ModelOutput", "TransformersKwargs", "logging"},
     "transformers.utils.generic": {"can_return_tuple"},
     "transformers.utils.output_capturing": {"selected_hidden_states"},  # from 5.20; asked for within a try
+    "warnings": {"warn"},
     "transformers.utils.hub": {"ModelCard"},  # where a model publishes itself, and there alone
 }
 REACH_OUT = {
