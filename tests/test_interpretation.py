@@ -70,7 +70,7 @@ def test_gradients_under_pruning_are_those_of_small_changes(cls, method, executi
     seen = {}
 
     def push(module: torch.nn.Module, args: tuple, step: float) -> tuple:
-        state = args[1].state
+        state = args[1]
         direction = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(3)).double()
         if state.layout.full or execution == "packed":
             alive = torch.ones_like(direction[..., 0], dtype=torch.bool)

@@ -1,5 +1,7 @@
 """Training of thresholds on real texts: the soft model agrees with the hard one that it becomes; a budget is met."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import (
@@ -12,8 +14,9 @@ from transformers import (
 
 from hf_tokenprune import TokenPruneTrainer, TokenPruneTrainingArguments, prune
 from hf_tokenprune.data import load_classification, tokenize
+from hf_tokenprune.labels import CLASSES
 from hf_tokenprune.packaged import model_path
-from hf_tokenprune.training.finetune import accuracy
+from hf_tokenprune.training.finetune import measured
 
 
 pytestmark = pytest.mark.real
@@ -73,7 +76,7 @@ def test_the_soft_model_is_right_where_the_hard_one_is(name, tmp_path):
         train_dataset=splits["train"],
         eval_dataset=splits["test"],
         data_collator=collate,
-        compute_metrics=accuracy,
+        compute_metrics=partial(measured, CLASSES),
         callbacks=[SoftTest()],
     )
     trainer.train()

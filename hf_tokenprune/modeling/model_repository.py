@@ -66,17 +66,19 @@ class ModelRepository(HeldInside):
             if fault is None:
                 raise
             raise OSError(fault) from error
+        if kwargs.get("output_loading_info"):  # who asks what is missing is told, and not refused
+            return model, info
         if source is not None and kwargs.get("state_dict") is None:
             check_loaded(model, info["missing_keys"], source, kwargs)
-        return (model, info) if kwargs.get("output_loading_info") else model
+        return model
 
     @classmethod
     def _load_pretrained_model(
-        cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any
+        cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any, **further: Any
     ) -> Any:
         # What natively knows the files, wherever they are, and reads them next.
         check_files(checkpoint_files or (), load_config.is_quantized)
-        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *rest, **further)
 
     def _upload_modified_files(self, working_dir: str | PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Both ways of publishing a model end here, with the card in the folder.

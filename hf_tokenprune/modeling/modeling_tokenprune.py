@@ -27,7 +27,7 @@ from .pruning_stage import SALIENCIES
 from .restoring import deposit, faded, restored, show, wanted_states
 from .saliency import TokenPrior
 from .soft_pruning import SoftModule, objective_loss
-from .token_layer import LayerPlan, LayerStates, LayerVisit
+from .token_layer import LayerPlan, LayerReport, LayerStates
 from .token_layout import first_of, shapes_only
 from .token_outputs import EncoderCall, LayerWork
 from .token_state import TokenState, start_state
@@ -315,16 +315,16 @@ class TokenPruneModel(PrunerModules, Prunable):
             if call.hidden_states is not False:
                 hidden = show(hidden, state, bank, call.wants_states(index), hidden_states)
             plan = self._plan(index, attention, not call.whole_sequence and index == len(layers) - 1, call)
-            before, visit = hidden, LayerVisit(state, plan)
-            hidden = layer(hidden, visit, self.config)
-            state = visit.states.left
+            before, before_state, report = hidden, state, plan.report
+            hidden = layer(hidden, state, plan, self.config)
+            state = report.states.left
             if state.carrier is not None and state.weight is not None:
                 bank = faded(hidden, before, state, bank)
             elif plan.site is not None and state.carrier is not None:
-                bank = deposit(before, visit.state, state, bank)
-            if call.attentions and visit.attention_map is not None:
-                attentions.append(visit.attention_map)
-            self._collect(call, index, plan, visit.state, visit.states)
+                bank = deposit(before, before_state, state, bank)
+            if call.attentions and report.attention_map is not None:
+                attentions.append(report.attention_map)
+            self._collect(call, index, plan, before_state, report.states)
         if call.hidden_states is not False:
             hidden = show(hidden, state, bank, call.wants_states(len(layers)), hidden_states)
         call.end = state
@@ -364,7 +364,8 @@ class TokenPruneModel(PrunerModules, Prunable):
         if site is not None and (site.idle or (first_token_only and site.place == "between")):
             site = None  # no token is lost there, or none that is read
         native = call.native_layers and not call.attentions
-        return LayerPlan(site, pruning, attention, first_token_only, call.attentions, self.softening, native)
+        report = LayerReport()
+        return LayerPlan(site, pruning, attention, first_token_only, call.attentions, report, self.softening, native)
 
     @property
     def softening(self) -> Objective | None:

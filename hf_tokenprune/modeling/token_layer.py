@@ -45,6 +45,30 @@ FEW_TOKENS = 32
 TINY = 1e-8
 
 
+class LayerStates(NamedTuple):
+    """The tokens on their way through one layer: those that have keys, those that attend, those that leave it.
+
+    decided: the scores that its site decided by, and the tokens that they are of; None: no site, or masks.
+    """
+
+    entered: TokenState
+    attending: TokenState
+    left: TokenState
+    decided: tuple[Scores, TokenState] | None
+
+
+@dataclass
+class LayerReport:
+    """What a layer tells besides its output, which is a tensor, as natively: hooks get that. It travels down as an
+    argument, and a layer that is recomputed writes the same again.
+
+    attention_map: [B, H, N, N], where it was asked for and the kernel gives weights.
+    """
+
+    states: LayerStates | None = None
+    attention_map: torch.Tensor | None = None
+
+
 class LayerPlan(NamedTuple):
     """What one layer does in one call.
 
@@ -52,6 +76,7 @@ class LayerPlan(NamedTuple):
     attention: the attention function's name.
     first_token_only: only each sample's first token leaves the layer.
     whole_map: every token has its attention row, even if it is dropped here.
+    report: where it says what became of the tokens.
     soft: the objective whose masks stand for removal in this call; None: tokens are removed.
     native: the native layer does it, so that hooks on any of its modules are called as natively.
     """
@@ -61,6 +86,7 @@ class LayerPlan(NamedTuple):
     attention: str
     first_token_only: bool
     whole_map: bool
+    report: LayerReport
     soft: Objective | None = None
     native: bool = False
 
@@ -86,34 +112,6 @@ class LayerPlan(NamedTuple):
         return state.layout.lay(sum(logs)) if logs else None
 
 
-class LayerStates(NamedTuple):
-    """The tokens on their way through one layer: those that have keys, those that attend, those that leave it.
-
-    decided: the scores that its site decided by, and the tokens that they are of; None: no site, or masks.
-    """
-
-    entered: TokenState
-    attending: TokenState
-    left: TokenState
-    decided: tuple[Scores, TokenState] | None
-
-
-@dataclass
-class LayerVisit:
-    """One layer's part of a call. It travels down as an argument, so that what the layer returns is a tensor, as
-    natively: hooks get that. A layer that is recomputed writes the same again.
-
-    state: the tokens at the layer's input. plan: what is to be done.
-    states: those of the layer, once it has run. attention_map: [B, H, N, N], where it was asked for and the kernel
-        gives weights.
-    """
-
-    state: TokenState
-    plan: LayerPlan
-    states: LayerStates | None = None
-    attention_map: torch.Tensor | None = None
-
-
 class Projections(NamedTuple):
     """What scores are made of, all laid out as the rows of the layer: its input, what the projections are made of, and
     the projections [.., A]; `query` is None where only the survivors' are computed."""
@@ -136,7 +134,7 @@ class TokenPruneLayer:
         eager_attention: the family's own eager attention function.
 
     Modifications:
-        - `forward` follows the plan of a `LayerVisit`, and leaves there what became of the tokens.
+        - `forward` follows a `LayerPlan`, and writes into its report what became of the tokens.
         - The class token's attention row is scored before the attention: tokens that are dropped here compute neither
           query, attention row, output projection nor feed-forward.
     """
@@ -191,11 +189,11 @@ class TokenPruneLayer:
         """The feed-forward half of the layer, residual and norms included."""
         raise NotImplementedError
 
-    def forward(self, hidden: torch.Tensor, visit: LayerVisit, config: Any) -> torch.Tensor:
-        """hidden [.., D], laid out as `visit.state` -> [.., D] after the layer, laid out as `visit.states.left`."""
-        state, plan = visit.state, visit.plan
+    def forward(self, hidden: torch.Tensor, state: TokenState, plan: LayerPlan, config: Any) -> torch.Tensor:
+        """hidden [.., D], laid out as `state` -> [.., D] after the layer, laid out as the report's `states.left`."""
+        report = plan.report
         if plan.native:
-            visit.states = LayerStates(state, state, state, None)
+            report.states = LayerStates(state, state, state, None)
             alive = None if state.layout.full else state.alive
             return super().forward(hidden, self._kernel(plan, config).mask(hidden, hidden, alive))
         site, before = plan.site_at("before"), None
@@ -206,8 +204,8 @@ class TokenPruneLayer:
                 with step(site, "reduce"):
                     hidden = _moved(hidden, state, reduction.state)
                 hidden, state = reduction.finish(hidden)
-        hidden, attending, left, decided, visit.attention_map = self._attention_half(hidden, state, plan, config)
-        visit.states = LayerStates(state, attending, left, before or decided)
+        hidden, attending, left, decided, report.attention_map = self._attention_half(hidden, state, plan, config)
+        report.states = LayerStates(state, attending, left, before or decided)
         return self._feed_forward_half(hidden)
 
     def _attention_half(
