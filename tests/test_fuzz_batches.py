@@ -16,6 +16,7 @@ from methods import METHODS, pruned
 from random_cases import Batch, Inputs, batches, prunings
 from test_invariants import alone, at_own_places, at_tokens, examples, native_of, scale
 from tiny import ALL, BASES, EXECUTIONS, LAYERS, Case, cases, inputs_for, main_output, text_inputs
+from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -45,9 +46,29 @@ def in_rows(model: PreTrainedModel, inputs: Inputs) -> Answer:
     return Answer(named, outputs.token_trace.source.tolist())
 
 
-# Other ways to give the same samples, which say the same in the end: each takes a model and padded inputs. Flattened
-# input goes here.
-LAYOUTS: dict[str, Callable[[PreTrainedModel, Inputs], Answer]] = {"rows": in_rows}
+def in_one_row(model: PreTrainedModel, inputs: Inputs) -> Answer:
+    """The texts of a batch one after the other, with their borders; images as they are."""
+    if "input_ids" not in inputs:
+        return in_rows(model, inputs)
+    there = inputs["attention_mask"].bool()
+    flat = {name: value[there][None] for name, value in inputs.items() if name != "attention_mask"}
+    flat["cu_seq_lens_q"] = nn.functional.pad(there.sum(dim=1).cumsum(dim=0), (1, 0))
+    answer = in_rows(model, flat)
+
+    def back(of_tokens: torch.Tensor) -> torch.Tensor:  # [1, T, D] -> [B, N, D]
+        padded = of_tokens.new_zeros(*there.shape, of_tokens.shape[2])
+        padded[there] = of_tokens[0]
+        return padded
+
+    rows = [
+        [[own.pop(0) if real else -1 for real in places] for own, places in zip(site, there.tolist())]
+        for site in answer.rows
+    ]
+    return Answer({name: back(x) if x.dim() == 3 else x for name, x in answer.outputs.items()}, rows)
+
+
+# Other ways to give the same samples, which say the same in the end: each takes a model and padded inputs.
+LAYOUTS: dict[str, Callable[[PreTrainedModel, Inputs], Answer]] = {"rows": in_rows, "one row": in_one_row}
 
 
 def looks_ids_up(pruning: PruningConfig) -> bool:
