@@ -1,6 +1,6 @@
 """What a call may say besides its inputs: every argument acts as natively, or is refused by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -43,23 +43,25 @@ def check_arguments(given: Mapping[str, Any], further: tuple[str, ...] = ()) -> 
         raise TypeError(f"forward got arguments that it does not know: {', '.join(unknown)}")
 
 
-def hooked_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside a model with a hook that looks at what goes through."""
-    stack = list(model._modules.values())
-    while stack:
-        module = stack.pop()
-        if module is None:
-            continue
-        stack.extend(module._modules.values())
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            stores = (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-            if any(_looks(hook) for store in stores for hook in store.values()):
-                yield module
+def hooked_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules inside a model with a hook that looks at what goes through.
+
+    Every call asks, so most of it is a walk over empty dicts.
+    """
+    found, levels = [], [model._modules]
+    for level in levels:  # grows on the way
+        for module in level.values():
+            if module is None:
+                continue
+            own = module.__dict__
+            if own["_modules"]:
+                levels.append(own["_modules"])
+            forward, backward = own["_forward_hooks"], own["_backward_hooks"]
+            before, before_backward = own["_forward_pre_hooks"], own["_backward_pre_hooks"]
+            if forward or backward or before or before_backward:
+                hooks = (*forward.values(), *backward.values(), *before.values(), *before_backward.values())
+                found += [module] if any(map(_looks, hooks)) else []
+    return found
 
 
 def _looks(hook: Any) -> bool:

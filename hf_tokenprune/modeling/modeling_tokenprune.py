@@ -185,7 +185,7 @@ class TokenPruneModel(PrunerModules, Prunable):
 
     def _native_layers(self) -> bool:
         """Whether native layers do the work: nothing is pruned, and hooks want to see what natively goes through."""
-        hooked = [] if shapes_only() else list(hooked_modules(self))
+        hooked = [] if shapes_only() else hooked_modules(self)
         if not hooked:
             return False
         pruning = self.config.pruning
