@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modeling.hooks import HOOKS, asks_for_gradients
 from .modeling.pruner_modules import VALUES
 from .modeling.token_layer import TokenPruneLayer
 
 
 STORES = frozenset(vars(nn.Module()))
-# Calls of these belong to whoever asked for them, unless a weight is made by them.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Calls of hooks belong to whoever asked for them, unless a weight is made by them.
 MAKERS = ("torch.nn.utils.", "torch.ao.", "torchao.", "bitsandbytes.", "peft.")
 PLAIN = (bool, int, float, complex, str, bytes, type, type(None), torch.dtype, torch.device, torch.Size)
 # What an offloading hook reads weights from.
@@ -33,9 +33,15 @@ def take_over(twin: nn.Module, original: nn.Module, *, copy_parameters: bool) ->
     """Gives `twin`, built of the same parts, modules like those of `original`, and what was set on them.
 
     What holds our layers stays the module that it is. Parameters are new ones over the same memory, or copies; buffers
-    are copies; hooks are left out, but for those that make weights.
+    are copies, and so is what lies under an adapter, whose merging writes into it; hooks are left out, but for those
+    that make weights.
+
+    Raises:
+        ValueError: the original has other parts than its native classes, which would not be called.
     """
     pairs = list(_pairs(twin, original))
+    for ours, theirs in pairs:
+        _check_stock(ours, theirs)
     memo: Memo = {id(theirs): ours for ours, theirs in pairs}
     memo |= {id(theirs.config): ours.config for ours, theirs in pairs if hasattr(theirs, "config")}
     modules = list(original.modules())
@@ -59,9 +65,36 @@ def _pairs(twin: nn.Module, original: nn.Module) -> Iterator[tuple[nn.Module, nn
             yield from _pairs(child, theirs)
 
 
+def _check_stock(ours: nn.Module, theirs: nn.Module) -> None:
+    """Raises a ValueError for parts that somebody replaced: what token pruning calls are those of the stock ones."""
+    if isinstance(ours, nn.ModuleList) and len(ours) != len(theirs):
+        raise ValueError(f"the model has {len(theirs)} layers, and num_hidden_layers ({len(ours)}) must be as many")
+    if type(theirs) not in type(ours).__mro__ or _has_own_forward(theirs):
+        raise ValueError(_replaced(theirs))
+    if isinstance(ours, TokenPruneLayer):
+        skipped = {id(module) for module in ours.uncalled_modules()}
+        for name, part in [(name, part) for name, part in ours.named_modules() if id(part) in skipped]:
+            found = theirs.get_submodule(name)
+            if type(found) is not type(part) or _has_own_forward(found):
+                raise ValueError(_replaced(found))
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody put a function in place of the class's; accelerate's wrappers call that."""
+    own = vars(module)
+    return "forward" in own and not own.keys() & {"_hf_hook", "_original_forward"}
+
+
+def _replaced(module: nn.Module) -> str:
+    what = "has a forward that was replaced" if _has_own_forward(module) else "is not the native class"
+    return f"a {type(module).__name__} in the model {what}: token pruning calls its parts and would not call it"
+
+
 def _share_parameters(modules: list[nn.Module], memo: Memo) -> None:
     """Tied ones stay tied: one parameter has one twin."""
+    adapted = {id(each) for module in modules if hasattr(module, "base_layer") for each in module.parameters()}
     parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+    parameters = [each for each in parameters if id(each) not in adapted]
     for parameter in parameters:
         if id(parameter) not in memo:
             memo[id(parameter)] = _over_the_same_memory(parameter)
@@ -96,7 +129,7 @@ def _leave_behind(modules: list[nn.Module], memo: Memo) -> None:
     for module in modules:
         for name in HOOKS:
             hooks = vars(module)[name]
-            memo[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _makes_weights(hook))
+            memo[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _goes_along(hook))
         for value in (*vars(module).values(), *module._buffers.values()):
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
@@ -113,11 +146,11 @@ def _copy_what_was_set(modules: list[nn.Module], memo: Memo) -> None:
                 _copied(value, memo)
 
 
-def _makes_weights(hook: Callable) -> bool:
+def _goes_along(hook: Callable) -> bool:
     function = hook.func if isinstance(hook, partial) else getattr(hook, "__func__", hook)
     home = getattr(function, "__module__", None) or type(function).__module__
     # transformers' own, for adapters under gradient checkpointing; it goes with the switch on the model.
-    return f"{home}.".startswith(MAKERS) or getattr(function, "__name__", "") == "make_inputs_require_grads"
+    return f"{home}.".startswith(MAKERS) or asks_for_gradients(hook)
 
 
 def _copied(value: Any, memo: Memo) -> Any:

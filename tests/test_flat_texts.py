@@ -206,14 +206,14 @@ REFUSED = {
         "cu_seq_lens_q": torch.tensor([0, 3, 9])
     },
     "cu_seq_lens_q ([0, 3, 3, 10]) must rise": {"cu_seq_lens_q": [0, 3, 3, 10]},
-    "cu_seq_lens_q ([0, 10]) must rise": {"cu_seq_lens_q": torch.tensor([[0, 10]])},
+    "cu_seq_lens_q ([[0, 10]]) must rise": {"cu_seq_lens_q": torch.tensor([[0, 10]])},
     "cu_seq_lens_k ([0, 4, 10]) must be the same as cu_seq_lens_q": {
         "cu_seq_lens_q": [0, 3, 10],
         "cu_seq_lens_k": [0, 4, 10],
     },
     "cu_seq_lens_k must come with cu_seq_lens_q": {"cu_seq_lens_k": [0, 3, 10]},
     "max_length_q (6) must be the longest text's (7) or more": {"cu_seq_lens_q": [0, 3, 10], "max_length_q": 6},
-    "seq_idx ([0, 0, 0, 0, 1, 1, 1, 1, 1, 1]) must change where": {
+    "seq_idx ([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]]) must change where": {
         "cu_seq_lens_q": [0, 3, 10],
         "seq_idx": torch.tensor([[0] * 4 + [1] * 6]),
     },
@@ -221,6 +221,13 @@ REFUSED = {
     "restart within a row although there is an attention_mask": {
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]),
         "attention_mask": torch.ones(1, 10),
+    },
+    "cu_seq_lens_q ([0.0, 10.0]) must rise": {"cu_seq_lens_q": torch.tensor([0.0, 10.0])},
+    "cu_seq_lens_q ('0,10') must rise": {"cu_seq_lens_q": "0,10"},
+    "max_length_q ('x') must be the longest text's (10) or more": {"cu_seq_lens_q": [0, 10], "max_length_q": "x"},
+    "attention_mask's shape ([1, 12]) must be [batch, length], here [1, 10]": {
+        "cu_seq_lens_q": [0, 10],
+        "attention_mask": torch.ones(1, 12),
     },
     "the input's length (65) must be at most max_position_embeddings (64)": {
         "input_ids": torch.ones(1, 70, dtype=torch.long),
@@ -246,15 +253,44 @@ def test_positions_that_do_not_restart_are_one_text():
     for positions in (
         [9, 8, 7, 6, 5, 4, 3, 2, 1, 0],
         [0, 1, 2, 10, 11, 12, 20, 21, 22, 23],
-        [0, 1, 2, 5, 1, 2, 3, 0, 1, 2],
+        [0] * 10,
     ):
         given = {"input_ids": ids, "position_ids": torch.tensor([positions])}
         wanted = stock(**given, attention_mask=torch.ones_like(ids)).last_hidden_state
         assert_close(model(**given).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+    both = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 5, 1, 2, 3, 0, 1, 2]])}
+    with pytest.raises(ValueError, match="restart within a row and jump elsewhere, too"):
+        model(**both)
+    both["attention_mask"] = torch.ones_like(ids)
+    assert_close(model(**both).last_hidden_state, stock(**both).last_hidden_state, rtol=1e-5, atol=1e-5)
     left = {"attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1]])}
     left["position_ids"] = (left["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     wanted = stock(input_ids=ids, **left).last_hidden_state[:, 3:]
     assert_close(model(input_ids=ids, **left).last_hidden_state[:, 3:], wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_are_read_one_by_one():
+    """Whether a row holds several texts does not hang on the others."""
+    model = prune(native(BertModel), METHODS["top_k"])
+    ids = torch.arange(1, 13).view(2, 6)
+    for other in ([0, 1, 2, 4, 5, 6], [0, 1, 2, 3, 4, 5], [7, 8, 9, 7, 8, 9], [3, 4, 5, 0, 1, 2]):
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2], other])
+        together = model(input_ids=ids, position_ids=positions).last_hidden_state
+        for row in (0, 1):
+            single = model(input_ids=ids[row : row + 1], position_ids=positions[row : row + 1]).last_hidden_state
+            assert_close(together[row : row + 1], single, rtol=1e-5, atol=1e-5)
+    apart = model(input_ids=ids.view(4, 3)[2:], position_ids=torch.tensor([[3, 4, 5], [0, 1, 2]])).last_hidden_state
+    assert_close(together[1], apart.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_borders_of_any_integers():
+    model, inputs = prune(native(BertModel), METHODS["top_k"]), text_inputs(LENGTHS)
+    flat = flattened(inputs)
+    wanted, ends = model(**flat).last_hidden_state, flat["cu_seq_lens_q"]
+    for given in (ends.tolist(), tuple(ends.tolist()), ends.numpy(), ends.long(), ends.short()):
+        seen = model(input_ids=flat["input_ids"], cu_seq_lens_q=given, max_length_q=torch.tensor(30))
+        assert torch.equal(seen.last_hidden_state, wanted)
 
 
 def test_borders_are_refused_where_sizes_follow_from_shapes():

@@ -10,9 +10,12 @@ from tiny import EXECUTIONS, build, cases, inputs_for, main_output, text_inputs
 from torch.nn.utils.prune import l1_unstructured
 from torch.testing import assert_close
 from transformers import BertForSequenceClassification, BertModel, PreTrainedModel, ViTForImageClassification
+from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from hf_tokenprune import PruningConfig, prune
-from hf_tokenprune.modeling import modeling_tokenprune
+from hf_tokenprune.modeling import hooks, modeling_tokenprune
 
 
 CLASSIFIERS = (BertForSequenceClassification, ViTForImageClassification)
@@ -193,16 +196,72 @@ def test_pruning_with_hooks_keeps_its_layout(execution):
     assert shapes == wanted.get(execution, [(2, 20)] * 4)
 
 
-def test_a_hook_that_would_never_be_called_is_refused():
-    model = prune(native(BertModel), METHODS["top_k"])
+def test_a_hook_that_is_never_called_is_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(hooks.logger, "warning_once", said.append)
+    model = prune(native(BertModel, "eager"), METHODS["top_k"])
     inputs = text_inputs([9, 4])
     for name in ("encoder.layer.1.attention", "encoder.layer.1.attention.self", "encoder"):
         handle = model.get_submodule(name).register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match=f"a hook on '{name}' would never be called"):
-            model(**inputs)
+        model(**inputs)
         handle.remove()
-    prune(native(BertModel), None)(**inputs)
-    model(**inputs)
+        assert f"hooks on '{name}' are not called" in said.pop()
+    plain = prune(native(BertModel, "eager"), None)
+    called = []
+    plain.encoder.layer[1].attention.register_forward_hook(lambda *_: called.append(1))
+    plain(**inputs)
+    assert called and not said
+    plain(**inputs, output_attentions=True)  # whose maps are made here
+    assert "hooks on 'encoder.layer.1.attention' are not called" in said.pop()
+
+
+@pytest.mark.parametrize("case", tiny.ALL)
+def test_tools_that_hook_every_module_find_their_way(case):
+    for pruning in (None, METHODS["top_k"]):
+        model, seen = prune(build(case), pruning), []
+        for module in model.modules():
+            module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(module))
+        model(**inputs_for(case))
+        assert set(model.base_model.token_layers()) <= set(seen)
+
+
+def test_a_hook_before_a_layer_may_return_the_hidden_states_alone():
+    stock = native(BertForSequenceClassification)
+    logits = []
+    for model in (stock, prune(stock, None)):
+        handle = model.bert.encoder.layer[1].register_forward_pre_hook(lambda module, args: (args[0] + 1.5,))
+        logits.append(model(**text_inputs([9, 9])).logits)  # natively such a hook loses the mask
+        handle.remove()
+    assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_hooks_on_embeddings_see_samples_whatever_is_pruned(execution):
+    """Noise on embeddings, as NEFTune's, is scaled by their shape."""
+    model = prune(native(BertModel), PruningConfig.preset("top_k", layers=[1], keep_rate=0.5, execution=execution))
+    inputs, shapes = text_inputs([20, 9]), []
+    wanted = model(**inputs).last_hidden_state
+    for module in (model.embeddings, model.embeddings.word_embeddings):
+        module.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    assert_close(model(**inputs).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+    assert shapes == [(2, 20, 32)] * 2
+
+
+def test_neftune_adds_as_much_noise_as_natively():
+    stock, inputs = native(BertModel), text_inputs([20] * 8)
+    for pruning in ("native", None, METHODS["top_k"]):
+        model, noisy = stock if pruning == "native" else prune(stock, pruning), []
+        table = model.embeddings.word_embeddings.train()
+        table.neftune_noise_alpha = 5
+        added = [
+            table.register_forward_hook(neftune_post_forward_hook),
+            table.register_forward_hook(lambda module, args, output, noisy=noisy: noisy.append(output)),
+        ]
+        model(**inputs)
+        for handle in added:
+            handle.remove()
+        noise = (noisy[0] - table.eval()(inputs["input_ids"])).abs().max().item()
+        assert noise == pytest.approx(5 / (20 * 32) ** 0.5, rel=0.05)
 
 
 def test_hooks_that_look_at_no_token_cost_nothing():
@@ -289,3 +348,14 @@ def test_maps_that_a_kernel_does_not_give_are_said(monkeypatch):
     model = prune(native(BertModel), None)
     assert model(**text_inputs([9]), output_attentions=True).attentions == ()
     assert len(said) == 1 and "gives no weights for `output_attentions=True`" in said[0]
+
+
+def test_maps_of_a_kernel_of_ones_own_have_a_gradient(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_tokenprune.logger, "warning_once", said.append)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "own", eager_attention_forward)
+    model = prune(native(BertForSequenceClassification), METHODS["top_k"])
+    model.config._attn_implementation = "own"
+    outputs = model(**text_inputs([17, 5]), output_attentions=True)
+    gradients = torch.autograd.grad(loss_of(outputs), outputs.attentions)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients) and not said

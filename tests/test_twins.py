@@ -11,7 +11,8 @@ from methods import METHODS
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as masks
-from transformers import BertForSequenceClassification, PreTrainedModel
+from transformers import BertForSequenceClassification, BertModel, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from hf_tokenprune import PruningConfig, prune
 
@@ -355,3 +356,81 @@ def test_a_model_made_where_nothing_is_recorded_learns():
     with torch.inference_mode():
         pruned = prune(base, TOP_K)
     trained(pruned)
+
+
+# What was replaced in the original
+
+
+class OwnLayer(BertLayer):
+    def forward(self, *args, **given):
+        return super().forward(*args, **given) + 1
+
+
+class OwnAttention(BertSelfAttention):
+    pass
+
+
+def _replace_layer(model):
+    model.encoder.layer[1] = OwnLayer(model.config)
+
+
+def _replace_attention(model):
+    model.encoder.layer[1].attention.self = OwnAttention(model.config)
+
+
+def _patch(path: str):
+    def patch(model):
+        module = model.get_submodule(path)
+        module.forward = lambda *args, own=module.forward, **given: own(*args, **given)
+
+    return patch
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        (_replace_layer, "a OwnLayer in the model is not the native class"),
+        (_replace_attention, "a OwnAttention in the model is not the native class"),
+        (_patch("encoder.layer.1"), "a BertLayer in the model has a forward that was replaced"),
+        (_patch("encoder.layer.1.attention"), "a BertAttention in the model has a forward that was replaced"),
+        (_patch("encoder.layer.1.attention.self"), "a BertSelfAttention in the model has a forward that was replaced"),
+        (_patch("encoder"), "a BertEncoder in the model has a forward that was replaced"),
+        (_patch(""), "a BertModel in the model has a forward that was replaced"),
+        (lambda model: model.encoder.layer.pop(3), r"the model has 3 layers, and num_hidden_layers \(4\)"),
+        (lambda model: model.encoder.layer.append(BertLayer(model.config)), "the model has 5 layers"),
+    ],
+)
+def test_parts_that_would_not_be_called_are_refused(deed, said):
+    native = tiny.build(tiny.Case(BertModel, tiny.BERT))
+    deed(native)
+    with pytest.raises(ValueError, match=said):
+        prune(native, None)
+
+
+def test_embeddings_of_ones_own_are_called():
+    native, inputs = tiny.build(tiny.Case(BertModel, tiny.BERT)), tiny.text_inputs([9, 9])
+    native.embeddings.forward = lambda own=native.embeddings.forward, **given: own(**given) * 2
+    wanted = native(**inputs).last_hidden_state
+    torch.testing.assert_close(prune(native, None)(**inputs).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_an_adapter_of_one_leaves_the_other_alone():
+    """It writes into the weights under it, which are not shared for that."""
+    peft = pytest.importorskip("peft")
+    inputs = tiny.text_inputs([17, 5, 30, 1])
+    config = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    for merged in ("base", "pruned"):
+        wrapped = peft.get_peft_model(tiny.build(tiny.Case(BertModel, tiny.BERT)), config).eval()
+        base = wrapped.get_base_model()
+        pruned = prune(base, None)
+        wanted = base(**inputs).last_hidden_state, pruned(**inputs).last_hidden_state
+        if merged == "base":
+            wrapped.merge_adapter()
+        else:
+            for module in pruned.modules():
+                if hasattr(module, "base_layer"):
+                    module.merge()
+        for model, before in zip((base, pruned), wanted):
+            torch.testing.assert_close(model(**inputs).last_hidden_state, before, rtol=1e-5, atol=1e-5)
+        same = base.encoder.layer[0].attention.self.key.weight.data_ptr()
+        assert pruned.encoder.layer[0].attention.self.key.weight.data_ptr() == same

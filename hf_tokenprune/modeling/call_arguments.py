@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+
+try:  # since 5.20 hidden states may be chosen by their indices
+    from transformers.utils.output_capturing import selected_hidden_states
+except ImportError:
+    selected_hidden_states = None
 
 
 DECODER = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
@@ -16,9 +20,6 @@ KNOWN = (
     "num_items_in_batch",
     "output_router_logits",
 )
-# Whose hooks do not look at the tokens: torch's (sharding, weight norms), this package's profiler, and those of native
-# models that capture outputs, which do nothing here.
-LAYOUT_BLIND = ("torch.", "hf_tokenprune.", "transformers.utils.output_capturing")
 
 
 def check_arguments(given: Mapping[str, Any], further: tuple[str, ...] = ()) -> None:
@@ -43,29 +44,15 @@ def check_arguments(given: Mapping[str, Any], further: tuple[str, ...] = ()) -> 
         raise TypeError(f"forward got arguments that it does not know: {', '.join(unknown)}")
 
 
-def hooked_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules inside a model with a hook that looks at what goes through.
+def wanted_states(asked: Any, layers: int) -> tuple[bool | frozenset[int], int]:
+    """Which hidden states are asked for, and how many of the first are not shown at all: 0 or 1.
 
-    Every call asks, so most of it is a walk over empty dicts.
+    All, none, or those at some indices, negative ones from the end. Before 5.20 indices counted layers.
     """
-    found, levels = [], [model._modules]
-    for level in levels:  # grows on the way
-        for module in level.values():
-            if module is None:
-                continue
-            own = module.__dict__
-            if own["_modules"]:
-                levels.append(own["_modules"])
-            forward, backward = own["_forward_hooks"], own["_backward_hooks"]
-            before, before_backward = own["_forward_pre_hooks"], own["_backward_pre_hooks"]
-            if forward or backward or before or before_backward:
-                hooks = (*forward.values(), *backward.values(), *before.values(), *before_backward.values())
-                found += [module] if any(map(_looks, hooks)) else []
-    return found
-
-
-def _looks(hook: Any) -> bool:
-    # Of `enable_input_require_grads`, which adapters with gradient checkpointing ask for.
-    if getattr(hook, "__name__", "") == "make_inputs_require_grads":
-        return False
-    return not (getattr(hook, "__module__", None) or "").startswith(LAYOUT_BLIND)
+    if selected_hidden_states is None and isinstance(asked, list | tuple | set):
+        return frozenset(index + 1 for index in asked), 1
+    selected = selected_hidden_states(asked) if asked and selected_hidden_states is not None else None
+    if selected is None:
+        return bool(asked), 0
+    states = layers + 1
+    return frozenset(index % states for index in selected if -states <= index < states), 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .token_layout import Ints, on_device, shapes_only
+from .value_checks import quoted
 
 
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -90,13 +91,21 @@ def find_texts(
 
 def _lengths_between(name: str, ends: Any, shape: tuple[int, int]) -> Ints:
     """Tokens of each text from cumulative lengths [B + 1]."""
-    ends = torch.as_tensor(ends)
-    numbers = ends.tolist() if ends.ndim == 1 else []
-    lengths = tuple(after - before for before, after in pairwise(numbers))
     total = shape[0] * shape[1]
+    numbers = _whole(ends)
+    lengths = tuple(after - before for before, after in pairwise(numbers))
     if not lengths or min(lengths) < 1 or numbers[0] != 0 or numbers[-1] != total:
         raise ValueError(f"{name} ({_short(ends)}) must rise from 0 to the input's number of tokens ({total})")
     return lengths
+
+
+def _whole(numbers: Any) -> list[int]:
+    """Whole numbers from a tensor, array or list of them; none from anything else."""
+    try:
+        numbers = torch.as_tensor(numbers)
+    except (TypeError, ValueError, RuntimeError):
+        return []
+    return [] if numbers.ndim != 1 or numbers.is_floating_point() else numbers.tolist()
 
 
 def _borders_of_indices(indices: Any, shape: tuple[int, int]) -> torch.Tensor:
@@ -110,38 +119,54 @@ def _borders_of_indices(indices: Any, shape: tuple[int, int]) -> torch.Tensor:
 def _restarts(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Where a text begins by position ids [R, L], bool [R, L]; None: every row is one text.
 
-    Ids that jump elsewhere are no restart: a text may have any positions.
+    A row holds several where its ids return to its least one. Ids that jump elsewhere, or never go on by one, are those
+    of one text, which may have any.
+
+    Raises:
+        ValueError: a row that does both, or that restarts although there is a mask.
     """
-    if shapes_only():
-        return _none_under_compile(ids, mask)
+    if ids.is_meta or shapes_only():
+        return _assert_one_text(ids)
     there = None
     if mask is not None:  # what lies between the tokens does not count
         order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         ids, there = ids.gather(1, order), mask.gather(1, order)[:, 1:]
-    jumps = ids[:, 1:] != ids[:, :-1] + 1
-    jumps = jumps if there is None else jumps & there
-    back = jumps & (ids[:, 1:] == ids[:, :1])
-    if not bool(back.any() & (back == jumps).all()):
+    jumps, back = _jumps(ids, there)
+    several = back.any(dim=1)
+    if not bool(several.any()):
         return None
-    if mask is None:
-        return _with_row_starts(back)
-    if not bool((~jumps & there).any()):  # one id for all tokens: not a row of texts
-        return None
-    raise ValueError(
-        f"position_ids ({_short(ids[back.any(dim=1)][0])}) restart within a row although there is an attention_mask: "
-        "leave the mask out if the row holds several texts, or give cu_seq_lens_q"
-    )
-
-
-def _none_under_compile(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Sizes must not follow from values there: ids that restart end the call."""
-    if mask is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        jumps = ids[:, 1:] != ids[:, :-1] + 1
-        back = jumps & (ids[:, 1:] == ids[:, :1])
-        torch._assert_async(
-            ~(back.any() & (back == jumps).all()),
-            "position_ids must not restart within a row under compile: pad the texts",
+    shown = quoted(ids[several][0].tolist())
+    if mask is not None:
+        raise ValueError(
+            f"position_ids ({shown}) restart within a row although there is an attention_mask: leave the mask out if "
+            "the row holds several texts, or give cu_seq_lens_q"
         )
+    if bool((several & (jumps != back).any(dim=1)).any()):
+        raise ValueError(
+            f"position_ids ({shown}) restart within a row and jump elsewhere, too: give cu_seq_lens_q if the row holds "
+            "several texts, and an attention_mask if it is one"
+        )
+    return _with_row_starts(back)
+
+
+def _jumps(ids: torch.Tensor, there: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where ids [R, L] do not go on by one, and where they return to the row's least one: bool [R, L - 1] each.
+
+    there: which of these are between tokens; None: all. With a mask a row that also jumps elsewhere is one text.
+    """
+    on = ids[:, 1:] == ids[:, :-1] + 1
+    jumps = ~on if there is None else ~on & there
+    least = ids if there is None else ids.masked_fill(~torch.nn.functional.pad(there, (1, 0), value=True), ids.max())
+    back = jumps & (ids[:, 1:] == least.amin(dim=1, keepdim=True))
+    back = back & (on if there is None else on & there).any(dim=1, keepdim=True)
+    return jumps, back if there is None else back & (jumps == back).all(dim=1, keepdim=True)
+
+
+def _assert_one_text(ids: torch.Tensor) -> None:
+    """Sizes must not follow from values there. Compiled, ids that restart end the call; an export does not ask."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        _, back = _jumps(ids, None)
+        torch._assert_async(~back.any(), "position_ids must not restart within a row under compile: pad the texts")
 
 
 def _with_row_starts(inner: torch.Tensor) -> torch.Tensor:  # bool [R, L - 1] -> [R, L]
@@ -158,13 +183,17 @@ def _check_agreement(texts: FlatTexts, shape: tuple[int, int], given: Mapping[st
     if keys is not None and _lengths_between("cu_seq_lens_k", keys, shape) != texts.lengths:
         raise ValueError(f"cu_seq_lens_k ({_short(keys)}) must be the same as cu_seq_lens_q: a text sees itself")
     for name in ("max_length_q", "max_length_k"):
-        if name in given and int(given[name]) < texts.longest:
-            raise ValueError(f"{name} ({int(given[name])}) must be the longest text's ({texts.longest}) or more")
+        if name in given and _one(given[name]) < texts.longest:
+            raise ValueError(f"{name} ({_short(given[name])}) must be the longest text's ({texts.longest}) or more")
     if indices is not None and _lengths_of_runs(_borders_of_indices(indices, shape)) != texts.lengths:
         raise ValueError(f"seq_idx ({_short(indices)}) must change where texts of cu_seq_lens_q begin")
 
 
-def _short(numbers: Any) -> str:
-    """The first of them, for a message."""
-    numbers = torch.as_tensor(numbers).flatten().tolist()
-    return f"{numbers[:12]}" if len(numbers) <= 12 else f"{numbers[:12]} and {len(numbers) - 12} more"
+def _one(number: Any) -> int:
+    numbers = _whole(number if isinstance(number, list | tuple) else [number])
+    return numbers[0] if len(numbers) == 1 else -1
+
+
+def _short(given: Any) -> str:
+    """What was given, for a message."""
+    return quoted(given.tolist() if hasattr(given, "tolist") else given)

@@ -17,20 +17,21 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .call_arguments import check_arguments, hooked_modules
+from .call_arguments import check_arguments, wanted_states
 from .flat_texts import find_texts
+from .hooks import hooked_modules, warn_of_uncalled
 from .model_repository import ModelRepository
 from .pruner_modules import ASKED, PrunerModules
 from .pruning_config import PruningConfig
 from .pruning_objective import Objective
 from .pruning_stage import SALIENCIES
-from .restoring import deposit, faded, restored, show, wanted_states
+from .restoring import deposit, faded, restored, show
 from .saliency import TokenPrior
 from .soft_pruning import SoftModule, objective_loss
 from .token_layer import LayerPlan, LayerReport, LayerStates
 from .token_layout import first_of, shapes_only
 from .token_outputs import EncoderCall, LayerWork
-from .token_state import TokenState, start_state
+from .token_state import TokenState, check_mask_shape, start_state
 from .value_checks import quoted
 
 
@@ -158,7 +159,7 @@ class TokenPruneModel(PrunerModules, Prunable):
         further: names among kwargs that the family's forward has read.
 
         Raises:
-            ValueError: arguments of a decoder; a hook on a module that is never called.
+            ValueError: arguments of a decoder.
             TypeError: arguments that nobody knows.
         """
         check_arguments(kwargs, further)
@@ -174,35 +175,23 @@ class TokenPruneModel(PrunerModules, Prunable):
         asked = {w: getattr(self.config, f"output_{w}", False) if v is None else v for w, v in given.items()}
         call.attentions = bool(asked["attentions"])
         call.hidden_states, call.first_shown = wanted_states(asked["hidden_states"], len(self.token_layers()))
-        call.native_layers = self._native_layers()
+        self._watch(call)
         call.work = call.work or self.softening is not None
-        if call.attentions and self.config._attn_implementation != "eager":
-            logger.warning_once(
-                f"`{self.config._attn_implementation}` attention gives no weights for `output_attentions=True`: set "
-                'the attention to "eager" for them.'
-            )
         return call
 
-    def _native_layers(self) -> bool:
-        """Whether native layers do the work: nothing is pruned, and hooks want to see what natively goes through."""
+    def _watch(self, call: EncoderCall) -> None:
+        """Notes who looks at what goes through: with nothing pruned they see what natively does."""
         hooked = [] if shapes_only() else hooked_modules(self)
         if not hooked:
-            return False
-        pruning = self.config.pruning
-        native = pruning is None or (pruning.idle and pruning.execution != "packed")
-        self._check_hooks(hooked, native)
-        return native
-
-    def _check_hooks(self, hooked: list[nn.Module], native: bool) -> None:
-        """Raises a ValueError for a hook on a module whose parts are called, and not it."""
-        layers = self.token_layers()
-        around = [module for module in self.modules() if module is not self and layers in module.children()]
-        inside = [] if native else [module for layer in layers for module in layer.uncalled_modules()]
-        for name, module in self.named_modules():
-            if module in hooked and module in (*around, *inside):
-                raise ValueError(
-                    f"a hook on {name!r} would never be called: put it on a layer, or on what computes inside one"
-                )
+            return
+        pruning, layers = self.config.pruning, self.token_layers()
+        call.native_layers = pruning is None or (pruning.idle and pruning.execution != "packed")
+        inside = {id(module) for module in self.embeddings.modules()}
+        call.whole_embeddings = any(id(module) in inside for module in hooked)
+        uncalled = [module for module in self.modules() if module is not self and layers in module.children()]
+        if not call.native_layers or call.attentions:
+            uncalled += [module for layer in layers for module in layer.uncalled_modules()]
+        warn_of_uncalled(self, hooked, uncalled)
 
     def start_tokens(
         self,
@@ -246,7 +235,8 @@ class TokenPruneModel(PrunerModules, Prunable):
             ValueError: borders that do not fit.
         """
         some = next(iter(inputs.values()))
-        there = None if mask is None or mask.shape != some.shape[:2] else mask.to(some.device, torch.bool)
+        check_mask_shape(mask, *some.shape[:2])
+        there = None if mask is None else mask.to(some.device, torch.bool)
         texts = find_texts(tuple(some.shape[:2]), some.device, there, inputs.get("position_ids"), borders)
         call.texts = texts
         if texts is None:
@@ -316,7 +306,10 @@ class TokenPruneModel(PrunerModules, Prunable):
                 hidden = show(hidden, state, bank, call.wants_states(index), hidden_states)
             plan = self._plan(index, attention, not call.whole_sequence and index == len(layers) - 1, call)
             before, before_state, report = hidden, state, plan.report
-            hidden = layer(hidden, state, plan, self.config)
+            if plan.native:  # by name: a hook before the layer may return the hidden states alone
+                hidden = layer(hidden, state=state, plan=plan, config=self.config)
+            else:
+                hidden = layer(hidden, state, plan, self.config)
             state = report.states.left
             if state.carrier is not None and state.weight is not None:
                 bank = faded(hidden, before, state, bank)
@@ -327,6 +320,11 @@ class TokenPruneModel(PrunerModules, Prunable):
             self._collect(call, index, plan, before_state, report.states)
         if call.hidden_states is not False:
             hidden = show(hidden, state, bank, call.wants_states(len(layers)), hidden_states)
+        if call.attentions and not attentions:
+            logger.warning_once(
+                f'`{attention}` attention gives no weights for `output_attentions=True`: set the attention to "eager" '
+                "for them."
+            )
         call.end = state
         call.pruning_loss = self.pruning_loss(call)
         return self.output_class(

@@ -34,6 +34,7 @@ from .token_outputs import (
     TokenPruneSequenceClassifierOutput,
     TokenPruneTokenClassifierOutput,
 )
+from .token_state import TokenState
 
 
 class TokenPruneBertConfig(TokenPruneConfigMixin, BertConfig):
@@ -168,10 +169,16 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
         batch, length = next(iter(inputs.values())).shape[:2]
         self._check_length(length, position_ids)
         state = self.start_tokens(call, attention_mask, batch, length, given.device, inputs.get("input_ids"))
-        if position_ids is None and isinstance(state.layout, PackedRows):  # elsewhere they follow from the shape
-            inputs["position_ids"] = self.embeddings.position_ids[:, :length].expand(batch, length)
-        embedded = [self.embeddings(**{name: state.layout.enter(value) for name, value in inputs.items()})]
-        return self.encode(embedded, state, call)
+        return self.encode([self._embed(inputs, state, call)], state, call)
+
+    def _embed(self, inputs: dict[str, torch.Tensor], state: TokenState, call: EncoderCall) -> torch.Tensor:
+        """[.., D], laid out as the state."""
+        if call.whole_embeddings or not isinstance(state.layout, PackedRows):
+            return state.layout.enter(self.embeddings(**inputs))
+        if "position_ids" not in inputs:  # elsewhere they follow from the shape
+            batch, length = next(iter(inputs.values())).shape[:2]
+            inputs = inputs | {"position_ids": self.embeddings.position_ids[:, :length].expand(batch, length)}
+        return self.embeddings(**{name: state.layout.enter(value) for name, value in inputs.items()})
 
     def pool(self, first: torch.Tensor) -> torch.Tensor | None:
         return None if self.pooler is None else self.pooler(first)

@@ -3,31 +3,9 @@
 Shapes: B samples, N input length, D features; `..` is how the layout of the call holds the tokens.
 """
 
-from typing import Any
-
 import torch
 
 from .token_state import TokenState
-
-
-try:  # since 5.20 hidden states may be chosen by their indices
-    from transformers.utils.output_capturing import selected_hidden_states
-except ImportError:
-    selected_hidden_states = None
-
-
-def wanted_states(asked: Any, layers: int) -> tuple[bool | frozenset[int], int]:
-    """Which hidden states are asked for, and how many of the first are not shown at all: 0 or 1.
-
-    All, none, or those at some indices, negative ones from the end. Before 5.20 indices counted layers.
-    """
-    if selected_hidden_states is None and isinstance(asked, list | tuple | set):
-        return frozenset(index + 1 for index in asked), 1
-    selected = selected_hidden_states(asked) if asked and selected_hidden_states is not None else None
-    if selected is None:
-        return bool(asked), 0
-    states = layers + 1
-    return frozenset(index % states for index in selected if -states <= index < states), 0
 
 
 def show(

@@ -262,7 +262,7 @@ class TokenPruneLayer:
         if not plan.whole_map or not maps:
             return context, None
         full_map = maps_at_positions(maps, state)
-        if full_map.requires_grad and kernel.name == "eager":
+        if full_map.requires_grad:
             context = context_of_map(full_map, value, state)
         return context, full_map
 

@@ -129,6 +129,7 @@ class EncoderCall:
         linear_macs: by layer, what `layer_work` is counted with; None: what the config says.
         restore: whether the sequence comes back in full length.
         native_layers: hooks look at what goes through, and nothing is pruned: native layers do the work.
+        whole_embeddings: hooks look at the embeddings, which are computed in the layout of the input.
         texts: where the texts lie, if the input was flattened.
         pruning_loss: what the pruning's objective adds to the loss.
         start, end: the state at the input, and after the last layer; states: the state after each site, by layer.
@@ -146,6 +147,7 @@ class EncoderCall:
     attentions: bool = False
     restore: bool = True
     native_layers: bool = False
+    whole_embeddings: bool = False
     texts: FlatTexts | None = None
     pruning_loss: torch.Tensor | None = None
     start: TokenState | None = None

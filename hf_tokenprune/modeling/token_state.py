@@ -197,11 +197,7 @@ def _lengths(
     token is real. One synchronisation on an accelerator; under compile and export no lengths."""
     if given is None:
         return None if shapes_only() else (length,) * batch, None
-    if given.shape != (batch, length):
-        raise ValueError(
-            f"attention_mask's shape ({list(given.shape)}) must be [batch, length], here {[batch, length]}: a token is "
-            "there or not"
-        )
+    check_mask_shape(given, batch, length)
     given = given.to(device)
     mask = given.to(torch.bool)
     lengths = None if shapes_only() else _counted(mask, given)
@@ -210,6 +206,15 @@ def _lengths(
     if lengths is None or min(lengths) == 0:
         mask = mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(length, device=mask.device) == 0))
     return None if lengths is None else tuple(max(1, tokens) for tokens in lengths), mask
+
+
+def check_mask_shape(mask: torch.Tensor | None, batch: int, length: int) -> None:
+    """Raises a ValueError for a mask that is not [B, N]."""
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(
+            f"attention_mask's shape ({list(mask.shape)}) must be [batch, length], here {[batch, length]}: a token is "
+            "there or not"
+        )
 
 
 def _counted(mask: torch.Tensor, given: torch.Tensor) -> Ints:
