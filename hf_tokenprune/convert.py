@@ -17,10 +17,11 @@ from .twins import take_over
 def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None, copy: bool = False) -> PreTrainedModel:
     """The model with fewer tokens: same weights, same task, same outputs.
 
-    The two share the memory of their weights and nothing else: what is trained or loaded in place in one is there in
-    the other, while mode, dtype, device, `requires_grad`, gradients, hooks, buffers, adapters and quantisation are
-    each model's own. So an optimizer wants the parameters of one of them. A module that holds both is saved with both;
-    what `from_pretrained` fills has memory of its own.
+    The two share the memory of their weights and nothing else (and not of those under an adapter, into which merging
+    it writes): what is trained or loaded in place in one is there in the other, while mode, dtype, device,
+    `requires_grad`, gradients, hooks, buffers and quantisation are each model's own. So an optimizer wants the
+    parameters of one of them. A module that holds both is saved with both; what `from_pretrained` fills has memory of
+    its own.
 
     Args:
         model: a native model of a supported family, base or with a head. It stays usable, unpruned. What replaces its
@@ -33,7 +34,7 @@ def prune(model: PreTrainedModel, pruning: PruningConfig | dict | str | None, co
 
     Raises:
         TypeError: a model of another family, listing the supported ones.
-        ValueError: a decoder, or a pruning that does not fit the model.
+        ValueError: a decoder, a pruning that does not fit the model, or parts of it that were replaced.
     """
     pairs = native_to_pruned()
     if type(model) in pairs.values():

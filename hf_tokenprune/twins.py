@@ -92,7 +92,8 @@ def _replaced(module: nn.Module) -> str:
 
 def _share_parameters(modules: list[nn.Module], memo: Memo) -> None:
     """Tied ones stay tied: one parameter has one twin."""
-    adapted = {id(each) for module in modules if hasattr(module, "base_layer") for each in module.parameters()}
+    tuned = [module.base_layer for module in modules if "base_layer" in module._modules]
+    adapted = {id(each) for layer in tuned for each in layer.parameters()}
     parameters = [each for module in modules for each in module._parameters.values() if each is not None]
     parameters = [each for each in parameters if id(each) not in adapted]
     for parameter in parameters:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -337,3 +338,20 @@ def test_a_folder_of_a_held_model_loads_in_auto_classes(tmp_path):
     model.bert.save_pretrained(tmp_path)
     assert AutoModel.from_pretrained(tmp_path).config.pruning == TOP_K
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "tokenprune_bert"
+
+
+def test_weights_that_are_collected_for_saving_are_told_of_too(tmp_path):
+    """As `save_pretrained(folder, state_dict=...)` wants them; said once."""
+    model = put_pruned(Holder)
+    with pytest.warns(UserWarning, match="would come back without the pruning of its 'bert'"):
+        model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    model.bert.set_pruning({"preset": "top_k", "layers": [1], "keep_rate": 0.7})
+    with pytest.warns(UserWarning, match="would come back without"):
+        model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        put_pruned(Fixed).state_dict()
+        torch.nn.Sequential(prune(model.bert, TOP_K)).state_dict()

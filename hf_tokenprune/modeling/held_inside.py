@@ -21,10 +21,15 @@ Address = tuple[torch.device, int, torch.Size]
 class HeldInside:
     """Goes before the native model class.
 
+    Attributes:
+        _told: in which outer class with which pruning it was last found out whether that comes back.
+
     Modifications:
         - Weights that the outer model holds a second time, in a model over the same memory, are written twice.
         - An outer model that would come back unpruned is not saved, and an adapter says what it is loaded on.
     """
+
+    _told: tuple[type, PruningConfig | None] | None = None
 
     def state_dict(
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -39,11 +44,23 @@ class HeldInside:
         if holders and not any(isinstance(holder, HeldInside) for holder in holders):
             if not keep_vars:
                 _separate(weights, prefix, self, holders[-1])
-            if _saves_adapters(saved):
-                tell_base(self, saved)
-            elif isinstance(saved, PreTrainedModel):
-                _check_round_trip(saved, self)
+            self._tell_what_is_lost(holders[-1], saved)
         return weights
+
+    def _tell_what_is_lost(self, outermost: nn.Module, saved: nn.Module | None) -> None:
+        """saved: the model whose `save_pretrained` asks; None: whoever collected the weights may hand them to it."""
+        if _saves_adapters(saved):
+            tell_base(self, saved)
+        elif isinstance(saved, PreTrainedModel):
+            lost = _lost_in_round_trip(saved, self)
+            if lost:
+                raise ValueError(lost)
+        elif saved is None and self._told != (type(outermost), self.config.pruning):
+            self._told = type(outermost), self.config.pruning
+            if _saves_adapters(outermost):
+                tell_base(self, outermost)
+            elif isinstance(outermost, PreTrainedModel) and (lost := _lost_in_round_trip(outermost, self)):
+                warnings.warn(lost, stacklevel=4)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         if _saves_adapters(self):
@@ -98,10 +115,10 @@ def _separate(weights: dict[str, Any], prefix: str, module: nn.Module, outermost
             weights[name] = tensor.clone()
 
 
-def _check_round_trip(outer: PreTrainedModel, module: Any) -> None:
-    """Raises a ValueError if loading the outer model would build something else than this pruning."""
+def _lost_in_round_trip(outer: PreTrainedModel, module: Any) -> str | None:
+    """What to say if loading the outer model would build something else than this pruning."""
     if module.config.pruning is None:
-        return
+        return None
     path, found = _path_in(outer, module), None
     try:
         found = _built_by_loading(outer, path)
@@ -111,9 +128,8 @@ def _check_round_trip(outer: PreTrainedModel, module: Any) -> None:
             f"cannot be built from its config alone ({type(error).__name__}: {str(error)[:300]})",
             stacklevel=4,
         )
-        return
-    if not _has_pruning_of(module, found):
-        raise ValueError(_would_be_lost(outer, path, found))
+        return None
+    return None if _has_pruning_of(module, found) else _would_be_lost(outer, path, found)
 
 
 def _path_in(outer: nn.Module, module: nn.Module) -> str:
