@@ -215,6 +215,23 @@ def test_a_hook_that_is_never_called_is_warned_of(monkeypatch):
     assert "hooks on 'encoder.layer.1.attention' are not called" in said.pop()
 
 
+def test_compiled_models_call_the_hooks_that_were_there():
+    stock, inputs = native(BertModel), text_inputs([9, 9])
+    model = prune(stock, None)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    plain = compiled(**inputs).last_hidden_state
+    torch._dynamo.reset()
+    results = []
+    for each in (stock, model):
+        attention = each.encoder.layer[1].attention
+        handle = attention.register_forward_hook(lambda module, args, output: (output[0] * 2, *output[1:]))
+        results.append(torch.compile(each, backend="eager")(**inputs).last_hidden_state)
+        handle.remove()
+        torch._dynamo.reset()
+    assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(results[1], plain, atol=1e-2)
+
+
 @pytest.mark.parametrize("case", tiny.ALL)
 def test_tools_that_hook_every_module_find_their_way(case):
     for pruning in (None, METHODS["top_k"]):

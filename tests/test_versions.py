@@ -45,7 +45,7 @@ USED = {
             "autograd._profiler_enabled",
             "backends.cuda.matmul.fp32_precision",
         ),
-        *("compiler.is_compiling", "cuda.get_device_capability"),
+        *("compiler.assume_constant_result", "compiler.is_compiling", "cuda.get_device_capability"),
         *("compiler.is_exporting", "device", "finfo", "func.functional_call", "inf", "is_autocast_enabled"),
         *("is_grad_enabled", "jit.is_tracing", "linalg.vector_norm", "nan", "nn", "no_grad"),
         *("ops.aten._flash_attention_forward", "set_grad_enabled", "sym_max", "sym_min", "version.cuda"),

@@ -175,23 +175,28 @@ class TokenPruneModel(PrunerModules, Prunable):
         asked = {w: getattr(self.config, f"output_{w}", False) if v is None else v for w, v in given.items()}
         call.attentions = bool(asked["attentions"])
         call.hidden_states, call.first_shown = wanted_states(asked["hidden_states"], len(self.token_layers()))
-        self._watch(call)
+        call.native_layers, call.whole_embeddings = self._watched(call.attentions)
         call.work = call.work or self.softening is not None
         return call
 
-    def _watch(self, call: EncoderCall) -> None:
-        """Notes who looks at what goes through: with nothing pruned they see what natively does."""
-        hooked = [] if shapes_only() else hooked_modules(self)
+    @torch.compiler.assume_constant_result
+    def _watched(self, maps: bool) -> tuple[bool, bool]:
+        """Whether hooks look at what goes through although nothing is pruned, so that native layers do the work; and
+        whether some look at the embeddings. Compiled code keeps to what was there when it was compiled.
+
+        maps: attention maps are asked for, which are made here.
+        """
+        hooked = hooked_modules(self)
         if not hooked:
-            return
+            return False, False
         pruning, layers = self.config.pruning, self.token_layers()
-        call.native_layers = pruning is None or (pruning.idle and pruning.execution != "packed")
-        inside = {id(module) for module in self.embeddings.modules()}
-        call.whole_embeddings = any(id(module) in inside for module in hooked)
+        native = pruning is None or (pruning.idle and pruning.execution != "packed")
         uncalled = [module for module in self.modules() if module is not self and layers in module.children()]
-        if not call.native_layers or call.attentions:
+        if not native or maps:
             uncalled += [module for layer in layers for module in layer.uncalled_modules()]
         warn_of_uncalled(self, hooked, uncalled)
+        inside = {id(module) for module in self.embeddings.modules()}
+        return native, any(id(module) in inside for module in hooked)
 
     def start_tokens(
         self,
