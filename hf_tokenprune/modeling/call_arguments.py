@@ -49,7 +49,7 @@ def wanted_states(asked: Any, layers: int) -> tuple[bool | frozenset[int], int]:
 
     All, none, or those at some indices, negative ones from the end. Before 5.20 indices counted layers.
     """
-    if selected_hidden_states is None and isinstance(asked, list | tuple | set):
+    if selected_hidden_states is None and asked and isinstance(asked, list | tuple | set):
         return frozenset(index + 1 for index in asked), 1
     selected = selected_hidden_states(asked) if asked and selected_hidden_states is not None else None
     if selected is None:
