@@ -51,7 +51,7 @@ def load_classification(
         name,
         config,
         label_column,
-        lambda splits: gathered(number_rows(splits) if images else splits, label_column, label_separator),
+        lambda splits: gathered(number_rows(splits) if images else splits, label_column, label_separator, problem_type),
     )
     if not all(map(len, splits.values())):
         raise ValueError(_no_rows(name))
