@@ -1,7 +1,9 @@
 """Local files of two kinds are found at once, and a part of a split is that part."""
 
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -9,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from PIL import Image
+from transformers import ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_tokenprune.data import load_classification
 from hf_tokenprune.prediction import PredictionArguments, predict_dataset
@@ -100,7 +104,7 @@ def test_a_part_of_a_split_is_that_part(source, part, rows, folder):
     asked = arguments(folder, split=f"train{part}", keep_columns=["text"], **SOURCES[source](folder))
     assert predict_dataset(asked)["rows"] == len(rows)
     read = datasets.load_dataset("parquet", data_files=str(folder / "out" / "*.parquet"), split="train")
-    assert read["text"][:] == [f"w{4 + row}" for row in rows] and read["row"][:] == list(range(len(rows)))
+    assert read["text"][:] == [f"w{4 + row}" for row in rows] and read["row"][:] == list(rows)
 
 
 def test_a_part_is_gone_on_with(folder):
@@ -112,6 +116,39 @@ def test_a_part_is_gone_on_with(folder):
         path.unlink()
     assert predict_dataset(asked)["this_run"]["rows"] == 6
     assert all(pq.read_table(path).equals(table) for path, table in zip(shards, whole))
+    assert whole[1]["row"].to_pylist() == [7, 8, 9, 10]
+
+
+def test_an_error_in_a_part_counts_from_the_beginning_of_the_data(folder):
+    path = folder / "gaps.jsonl"
+    path.write_text("".join(json.dumps({"text": None if row == 12 else f"w{4 + row}"}) + "\n" for row in range(ROWS)))
+    with pytest.raises(SystemExit, match=r"row 12: text \(None\) must have a value"):
+        predict_dataset(arguments(folder, dataset_name=path, split="train[3:17]"))
+    picture = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(picture, "PNG")
+    pictures = [picture.getvalue() if row != 12 else b"no picture" for row in range(ROWS)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(folder / "pictures.parquet")
+    ViTForImageClassification(tiny.VIT).save_pretrained(folder / "images")
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(folder / "images")
+    asked = {"dataset_name": folder / "pictures.parquet", "image_column": "image", "split": "train[3:17]"}
+    with pytest.raises(SystemExit) as error:
+        predict_dataset(replace(arguments(folder, **asked), model_name_or_path=str(folder / "images"),
+                                output_dir=str(folder / "seen")))  # fmt: skip
+    assert "row 12: the image cannot be read" in str(error.value) and " object at 0x" not in str(error.value)
+
+
+def test_rows_that_changed_since_are_named_by_their_place(folder):
+    rows = [f"w{4 + row}" for row in range(ROWS)]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    asked = arguments(folder, dataset_name=path, split="train[3:17]")
+    predict_dataset(asked)
+    sorted((folder / "out").glob("part-*.parquet"))[0].unlink()
+    rows[8] = "w9"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    with pytest.raises(SystemExit, match="the rows from 7 on have changed since shard 1 was computed"):
+        predict_dataset(asked)
 
 
 @pytest.mark.parametrize("split", ["train[:50%]", "train[-5:]", "train+test", "train[5]", "train[:10"])

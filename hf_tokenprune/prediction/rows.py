@@ -36,12 +36,14 @@ class Rows:
         features: of these columns in the tables.
         column: the one that the model reads.
         count: how many rows there are, None if only the end will tell.
+        first: the place of the first in the data, where only a part of a split is asked for.
     """
 
     stream: datasets.IterableDataset
     features: datasets.Features
     column: str
     count: int | None
+    first: int = 0
 
     @property
     def images(self) -> bool:
@@ -117,7 +119,7 @@ def open_rows(arguments: PredictionArguments) -> Rows:
     known = known or datasets.Features.from_arrow_schema(first.schema)
     features = datasets.Features({wish: known[wish] for wish in wanted})
     check_column(column, features[column], images=arguments.image_column is not None)
-    return Rows(stream.select_columns(wanted), features, column, count)
+    return Rows(stream.select_columns(wanted), features, column, count, part.start)
 
 
 def _part(text: str) -> tuple[str, slice]:
