@@ -28,6 +28,7 @@ from transformers import (
 # Not from the top, where older releases put a stand-in that asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from ..checkpoints import problem_of
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import check_max_length
@@ -257,7 +258,8 @@ class Answers(ABC):
 
 @dataclass(frozen=True)
 class Classes(Answers):
-    """The best label and its score, as Transformers' pipelines give it: by softmax, or sigmoid of one logit."""
+    """The best label and its score, as Transformers' pipelines give it: by softmax, or sigmoid of one logit where
+    `problem_type` says that it is a class's."""
 
     labels: dict[int, str]
 
@@ -298,9 +300,10 @@ class SeveralLabels(Answers):
 
 
 def _columns(config: PreTrainedConfig, logits: bool) -> Answers:
-    if config.problem_type == REGRESSION:
+    problem = problem_of(config)
+    if problem == REGRESSION:
         return Numbers(config.num_labels, logits)
-    kind = SeveralLabels if config.problem_type == MULTI_LABEL else Classes
+    kind = SeveralLabels if problem == MULTI_LABEL else Classes
     return kind(config.num_labels, logits, config.id2label)
 
 
