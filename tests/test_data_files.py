@@ -90,6 +90,39 @@ def test_what_is_no_mixture_is_read(folder, tmp_path):
     assert sum(map(len, load_classification(str(tmp_path / "pics"), input_column="image", images=True).values())) == 6
 
 
+@pytest.mark.parametrize("places", [("cat", "dog"), ("train/cat", "train/dog")])
+def test_tables_beside_pictures_are_no_mixture(places, folder, tmp_path):
+    """`datasets` takes such a folder for pictures, and the tables for no part of it."""
+    pictures = tmp_path / "pictures"
+    for index in range(10):
+        (pictures / places[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(pictures / places[index % 2] / f"{index}.png")
+    (pictures / "stats.csv").write_text("a,b\n1,2\n")
+    (pictures / "info.json").write_text("{}")
+    splits = load_classification(str(pictures), input_column="image", images=True)
+    assert splits["train"].features["label"].names == ["cat", "dog"] and sum(map(len, splits.values())) == 10
+    rows = open_rows(arguments(folder, dataset_name=pictures, image_column="image"))
+    assert sum(len(table) for table, _ in rows.tables(7)) == 10
+
+
+def test_splits_of_two_kinds_are_named(folder, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    for source, name in (("one/a.csv", "train.csv"), ("two/b.jsonl", "test.jsonl")):
+        (tmp_path / "mixed" / name).write_bytes((folder / source).read_bytes())
+    with pytest.raises(ValueError, match="files that are read together are of one kind"):
+        load_classification(str(tmp_path / "mixed"))
+
+
+def test_a_folder_of_save_to_disk_is_read(folder, tmp_path):
+    splits = load_classification(str(folder / "saved"))
+    assert sum(map(len, splits.values())) == ROWS and len(splits["test"]) == 4
+    whole = datasets.Dataset.from_csv(str(folder / "one" / "a.csv"))
+    parts = datasets.DatasetDict(train=whole.select(range(12)), validation=whole.select(range(12, 20)))
+    parts.with_format("torch").save_to_disk(tmp_path / "parts")
+    splits = load_classification(str(tmp_path / "parts"))
+    assert splits["test"]["text"][:] == [f"w{4 + row}" for row in range(12, 20)]
+
+
 SOURCES = {
     "file": lambda folder: {"data_files": [str(folder / "one" / "a.csv")]},
     "name of a file": lambda folder: {"dataset_name": folder / "two" / "b.jsonl"},

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from .. import packaged
 from ..data import check_column
-from ..file_kinds import FILE_KINDS, check_folder, check_one_kind, one_kind
+from ..file_kinds import FILE_KINDS, check_folder, check_one_kind, is_saved, one_kind
 from .arguments import PredictionArguments, PredictionError, one_line
 
 
@@ -170,7 +170,7 @@ def _open(
     name = arguments.dataset_name
     if name in packaged.available_datasets():
         return _one_split(packaged.load_dataset(name), name, split)
-    if name is not None and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+    if name is not None and is_saved(name):
         return _one_split(datasets.load_from_disk(name), name, split)
     files = arguments.data_files
     if name is None or Path(name).is_file():
