@@ -195,11 +195,12 @@ def test_one_logit_of_a_checkpoint_that_says_nothing_is_a_number_everywhere(room
                                  cache_dir=str(tmp_path / "cache"))  # fmt: skip
     assert read.column_names == ["row", "score", "logits"]
     assert read["score"][:] == [logit for (logit,) in read["logits"]]
-    run("run_predict", output_dir=str(tmp_path / "told"), max_rows=5, logits=True, problem_type=CLASSES, **place)
+    run("run_predict", output_dir=str(tmp_path / "told"), max_rows=5, logits=True, problem_type=MULTI_LABEL, **place)
     read = datasets.load_dataset("parquet", data_files=str(tmp_path / "told" / "*.parquet"), split="train",
                                  cache_dir=str(tmp_path / "cache"))  # fmt: skip
-    assert read["label"][:] == ["LABEL_0"] * 5
-    torch.testing.assert_close(torch.tensor(read["score"][:]), torch.tensor(read["logits"][:])[:, 0].sigmoid())
+    torch.testing.assert_close(torch.tensor(read["scores"][:]), torch.tensor(read["logits"][:]).sigmoid())
+    with pytest.raises(SystemExit, match="requires `num_labels > 1`"):
+        run("run_predict", output_dir=str(tmp_path / "one"), problem_type=CLASSES, **place)
     # A base without a head has no problem, whatever its config counts.
     base = tmp_path / "base"
     AutoModel.from_config(config).save_pretrained(base)

@@ -258,8 +258,7 @@ class Answers(ABC):
 
 @dataclass(frozen=True)
 class Classes(Answers):
-    """The best label and its score, as Transformers' pipelines give it: by softmax, or sigmoid of one logit where
-    `problem_type` says that it is a class's."""
+    """The best of two labels or more and its score by softmax, as Transformers' pipelines give it."""
 
     labels: dict[int, str]
 
@@ -267,7 +266,7 @@ class Classes(Answers):
         return {"label": datasets.Value("string"), "score": NUMBER}
 
     def own_columns(self, logits: torch.Tensor) -> dict[str, pa.Array]:
-        best, index = (logits.softmax(dim=-1) if self.count > 1 else logits.sigmoid()).max(dim=-1)
+        best, index = logits.softmax(dim=-1).max(dim=-1)
         labels = [str(self.labels[i]) for i in index.tolist()]
         return {"label": pa.array(labels, pa.string()), "score": pa.array(best.numpy(), pa.float32())}
 
