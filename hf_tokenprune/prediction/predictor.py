@@ -33,7 +33,7 @@ from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import check_max_length
 from ..images import processed_size, size_name, sized
-from ..labels import MULTI_LABEL, NUMBER, REGRESSION
+from ..labels import CLASSES, MULTI_LABEL, NUMBER, REGRESSION
 from ..modeling.token_outputs import EncoderCall
 from .arguments import PredictionArguments
 from .inputs import Encoded, ImageEncoder, TextEncoder, token_batches
@@ -302,6 +302,8 @@ def _columns(config: PreTrainedConfig, logits: bool) -> Answers:
     problem = problem_of(config)
     if problem == REGRESSION:
         return Numbers(config.num_labels, logits)
+    if problem == CLASSES and config.num_labels < 2:  # newer releases of transformers say so on their own
+        raise ValueError(f"problem_type ({problem!r}) requires `num_labels > 1`, and the model has {config.num_labels}")
     kind = SeveralLabels if problem == MULTI_LABEL else Classes
     return kind(config.num_labels, logits, config.id2label)
 
