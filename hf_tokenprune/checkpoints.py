@@ -21,6 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from .labels import CLASSES, MULTI_LABEL, REGRESSION
 from .modeling.model_repository import PIPELINE_TAGS, pipeline_tag
 
 
@@ -66,14 +67,20 @@ def takes_images(config: PreTrainedConfig) -> bool:
 
 def problem_of(config: PreTrainedConfig) -> str:
     """What a classifier's loss takes its logits for, as `problem_type` names it; natively one logit is a number."""
-    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    return config.problem_type or (REGRESSION if config.num_labels == 1 else CLASSES)
+
+
+def saved_problem(config: PreTrainedConfig) -> str | None:
+    """What the head that a config was saved with is of, if that tells: many that choose a class do not say so."""
+    one = saved_task(config).pipeline_tag in CLASSIFY and config.num_labels == 1
+    return config.problem_type or (REGRESSION if one else None)
 
 
 def activation_of(config: PreTrainedConfig) -> str:
     """What makes scores of a classifier's logits, as its pipeline has it: `"softmax"`, `"sigmoid"` or `"none"`."""
-    if config.problem_type == "regression":
+    if config.problem_type == REGRESSION:
         return "none"
-    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
+    return "sigmoid" if config.problem_type == MULTI_LABEL or config.num_labels == 1 else "softmax"
 
 
 def load_model(source: str | Path, **given: Any) -> PreTrainedModel:

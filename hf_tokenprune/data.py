@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from . import packaged
-from .file_kinds import FILE_KINDS, check_folder, file_kind
+from .file_kinds import FILE_KINDS, check_folder, file_kind, is_saved
 from .images import ROW, decoded, number_rows, pixels
 from .labels import PROBLEMS, encode_labels, gathered
 
@@ -30,11 +30,12 @@ def load_classification(
 ) -> datasets.DatasetDict:
     """Loads a data set and brings it to the columns `text` (str) or `image` (Image), and `label` (as `encode_labels`).
 
-    The splits are `train` and `test`.
+    The splits are `train` and `test`: the first of `test` and `validation` that has labels, else a fifth of `train`.
+    Images have a further column, `images.ROW`, that says of each where it was.
 
     Args:
-        name: a packaged set's short name, a Hub id, a folder that `datasets` reads, or a file with one of the endings
-            of `FILE_KINDS`.
+        name: a packaged set's short name, a Hub id, a folder that `datasets` reads or `save_to_disk` wrote, or a file
+            with one of the endings of `FILE_KINDS`.
         config: the data set's configuration, where it has several.
         images: whether `input_column` must hold images; otherwise it must hold text.
         labelled: whether `label` must be there; if not, it is as the file has it, and is missing where that has none.
@@ -42,8 +43,9 @@ def load_classification(
         label_separator: as `gathered` takes it; so does `label_column`, of several columns.
 
     Raises:
-        ValueError: data that cannot be read or have no rows, columns that are not there or hold something else, rows
-            without a value, labels of one class, or no split to train on.
+        ValueError: data that cannot be read or have no rows, files of two kinds, columns that are not there or hold
+            something else, rows without a value, labels that `gathered` or `encode_labels` refuses, or no split to
+            train on.
     """
     if input_column == label_column:
         raise ValueError(f"column {input_column!r} must not be both the input and the label")
@@ -51,7 +53,7 @@ def load_classification(
         name,
         config,
         label_column,
-        lambda splits: gathered(number_rows(splits) if images else splits, label_column, label_separator),
+        lambda splits: gathered(number_rows(splits) if images else splits, label_column, label_separator, problem_type),
     )
     if not all(map(len, splits.values())):
         raise ValueError(_no_rows(name))
@@ -148,9 +150,15 @@ def _load(name: str, config: str | None, label_column: str, prepare: Callable) -
         return _set_a_fifth_aside(prepare(_read(name, file_kind(path), data_files=str(path)))["train"], name)
     if path.suffix.lower() in FILE_KINDS:
         raise ValueError(f"{name} must be a file, and there is none")
-    if path.is_dir():
-        check_folder(path)
-    splits = prepare(_read(name, name, config))
+    if is_saved(path):
+        read = datasets.load_from_disk(name).with_format(None)
+        if isinstance(read, datasets.Dataset):
+            return _set_a_fifth_aside(prepare(datasets.DatasetDict(train=read))["train"], name)
+    else:
+        if path.is_dir():
+            check_folder(path)
+        read = _read(name, name, config)
+    splits = prepare(read)
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {sorted(splits)}")
     unlabelled = label_column not in splits["train"].column_names

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from datasets.exceptions import DataFilesNotFoundError
+from datasets.load import infer_module_for_data_files
 from huggingface_hub import DatasetCard
 
 
@@ -61,10 +63,15 @@ def check_one_kind(patterns: Iterable[str], asked: str | None = None, where: str
             raise ValueError(f"{file} ({own}) must be {like}: files that are read together are of one kind")
 
 
-def check_folder(folder: str | Path) -> None:
-    """Raises a ValueError where a local folder has tables of two kinds, of which `datasets` would leave one out.
+def is_saved(folder: str | Path) -> bool:
+    """Whether `save_to_disk` wrote it, which `load_from_disk` alone reads."""
+    return any((Path(folder) / file).is_file() for file in ("state.json", "dataset_dict.json"))
 
-    One whose README says which files are read is as that has it.
+
+def check_folder(folder: str | Path) -> None:
+    """Raises a ValueError where `datasets` would read tables of a local folder and leave out those of another kind.
+
+    One whose README says which files are read is as that has it; tables beside pictures are not read at all.
     """
     names = (name for _, _, files in os.walk(folder) for name in files)
     if len({_known_kind(name) for name in names if _is_table(name)}) < 2:  # what takes long need not be asked
@@ -75,7 +82,12 @@ def check_folder(folder: str | Path) -> None:
     try:
         base = str(Path(folder).resolve())
         splits = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
-    except EmptyDatasetError:  # the reader says so in its own words
+        read, _ = infer_module_for_data_files(splits, base)
+    except (EmptyDatasetError, DataFilesNotFoundError):  # the reader says so in its own words
+        return
+    except ValueError:  # another kind in each split
+        read = None
+    if read is not None and read not in FILE_KINDS.values():
         return
     check_one_kind(sorted({file for files in splits.values() for file in files if _is_table(file)}))
 

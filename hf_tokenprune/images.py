@@ -13,6 +13,7 @@ What each mode means, whatever file it came from, of several frames the first:
 
 import inspect
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,8 @@ ROW = "__row__"  # the column that says which row of which split an image is
 LARGEST_16 = 2**16 - 1
 LESS_THAN_COLOUR = ("1", "L", "P")  # what a column's own mode may take away; other ones would clip before we read
 OF_16_BITS = ("PNG", "PPM")  # kinds of files whose mode I has no other range
+
+_ADDRESS = re.compile(r"<[^<>]* object at 0x[0-9a-fA-F]+>")  # says nothing to who reads an error
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
@@ -63,7 +66,7 @@ def decoded(feature: datasets.Image, value: Any, where: str) -> Any:
     except Exception as error:  # a decoder for each kind of file, each with errors of its own
         path = value.get("path") if isinstance(value, Mapping) else None
         name = f" ({path})" if path else ""
-        said = " ".join(str(error).split())
+        said = " ".join(_ADDRESS.sub("", str(error)).split())
         raise ImageError(f"{where}{name}: the image cannot be read: {type(error).__name__}: {said}") from error
 
 

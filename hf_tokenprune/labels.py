@@ -5,13 +5,17 @@ The column is brought to one of three features, which say the rest: `ClassLabel`
 """
 
 import ast
+import io
 import json
 import math
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Callable, Sequence
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 
 
@@ -33,35 +37,45 @@ def check_problem(name: str | None) -> str | None:
     return name
 
 
-def gathered(splits: datasets.DatasetDict, column: str, separator: str | None = None) -> datasets.DatasetDict:
+def gathered(
+    splits: datasets.DatasetDict, column: str, separator: str | None = None, problem_type: str | None = None
+) -> datasets.DatasetDict:
     """Labels that lie in several columns or in texts, as lists in one column; all others as they are.
 
     Args:
-        column: its name; or those of several columns, with commas between, each of which holds 0 or 1 for one label.
-        separator: what stands between the labels of a text. Texts that are lists in JSON or Python are read as those.
+        column: its name; or those of several columns, with commas between, each of which holds 0 or 1 for one label. A
+            split that has None or -1 in all of these has no labels: None in each row.
+        separator: what stands between the labels of a text; a row without a text has none of them. Without a separator,
+            texts that are lists in JSON, in Python or as numpy prints them are read as those.
+        problem_type: of one class a row, texts stay what they are.
 
     Raises:
-        ValueError: columns that hold something else than 0 or 1, or a separator for a column without texts.
+        ValueError: a column twice, columns that hold something else than 0 or 1, a separator for a column without
+            texts, or texts in brackets of which some can be read as lists and others cannot.
     """
-    several = column.split(",") if "," in column else []
+    several = _parts(column, ",") if "," in column else []
+    if len(set(several)) < len(several):
+        raise ValueError(f"label_column ({column!r}) must name each column once")
     made = {}
     for name, split in splits.items():
         there = set(split.column_names)
         if several and column not in there and there.issuperset(several):
             split = split.add_column(column, _of_columns(split, several, name), feature=_names(several))
         made[name] = split
-    splits, texts = datasets.DatasetDict(made), [each for each in made.values() if column in each.column_names]
+    splits = datasets.DatasetDict(made)
+    labelled = [each for each in made.values() if column in each.column_names and _any_value(each, column)]
+    texts = bool(labelled) and all(_is_text(each.features[column]) for each in labelled)
     if separator is not None:
-        if not texts or not all(_is_text(each.features[column]) for each in texts):
+        if not texts:
             raise ValueError(f"label_separator ({separator!r}) must go with a column of texts, and {column!r} is none")
-        return _with_lists(
-            splits, column, lambda text: [part.strip() for part in text.split(separator) if part.strip()]
-        )
-    if texts and all(_is_text(each.features[column]) for each in texts):
-        distinct = {text for each in texts for text in each.unique(column) if text is not None}
-        if distinct and all(_written_list(text) is not None for text in distinct):
-            return _with_lists(splits, column, _written_list)
+        return _with_lists(splits, column, lambda text: _parts(text or "", separator))
+    if texts and problem_type != CLASSES and _hold_lists(splits, column):
+        return _with_lists(splits, column, lambda text: None if text is None else _written_list(text))
     return splits
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    return [part.strip() for part in text.split(separator) if part.strip()]
 
 
 def _names(names: Sequence[str]) -> Any:
@@ -72,8 +86,14 @@ def _is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
-def _of_columns(split: datasets.Dataset, columns: Sequence[str], name: str) -> list[list[int]]:
+def _any_value(split: datasets.Dataset, column: str) -> bool:
+    return split.data.column(column).null_count < len(split)
+
+
+def _of_columns(split: datasets.Dataset, columns: Sequence[str], name: str) -> list[list[int] | None]:
     held = [split[column][:] for column in columns]
+    if all(value in (-1, None) for values in held for value in values):
+        return [None] * len(split)
     for column, values in zip(columns, held):
         for row, value in enumerate(values):
             if value not in (0, 1):
@@ -81,29 +101,76 @@ def _of_columns(split: datasets.Dataset, columns: Sequence[str], name: str) -> l
     return [[place for place, value in enumerate(row) if value] for row in zip(*held)]
 
 
+def _hold_lists(splits: datasets.DatasetDict, column: str) -> bool:
+    """Whether the texts of a column are lists.
+
+    Raises:
+        ValueError: all are in brackets, and one cannot be read though it or another looks like a list.
+    """
+    held = [(name, split.unique(column)) for name, split in splits.items() if column in split.column_names]
+    texts = {text for _, each in held for text in each if text is not None}
+    if not all(text.strip().startswith("[") and text.strip().endswith("]") for text in texts):
+        return False
+    unread = {text for text in texts if _written_list(text) is None}
+    if unread == texts and all(len(_parts(text.replace(",", " "), " ")) == 1 for text in texts):
+        return False  # [POS] and [NEG] are names
+    for name, split in splits.items():
+        for row, text in enumerate(split[column][:] if unread and column in split.column_names else ()):
+            if text in unread:
+                raise ValueError(
+                    f"row {row} of {name}: {column} ({text!r}) must be a list as JSON, Python or numpy writes one; "
+                    f"problem_type {CLASSES!r} takes texts as they are"
+                )
+    return True
+
+
 def _written_list(text: str) -> list | None:
     """The list that a text is in JSON, in Python or as numpy prints one; None: it is none."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
-    for read in (json.loads, ast.literal_eval, _printed_numbers):
+    for read in (json.loads, _of_python, _printed_names, _printed_values):
         try:
             value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
             continue
         return value if isinstance(value, list) else None
     return None
 
 
-def _printed_numbers(text: str) -> list[float]:
-    return [float(part) for part in text[1:-1].split()]
+def _of_python(text: str) -> Any:
+    """Not where two texts stand side by side, which Python would make one of."""
+    if any(first.type == second.type == tokenize.STRING for first, second in pairwise(_tokens(text))):
+        raise ValueError(f"{text} must have commas")
+    return ast.literal_eval(text)
 
 
-def _with_lists(splits: datasets.DatasetDict, column: str, read: Any) -> datasets.DatasetDict:
+def _printed_names(text: str) -> list[str]:
+    """As numpy prints names: in quotes, without commas."""
+    tokens = _tokens(text)[1:-1]
+    if any(token.type != tokenize.STRING for token in tokens):
+        raise ValueError(f"{text} must hold names")
+    return [ast.literal_eval(token.string) for token in tokens]
+
+
+def _tokens(text: str) -> list[tokenize.TokenInfo]:
+    skipped = (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER)
+    return [each for each in tokenize.generate_tokens(io.StringIO(text).readline) if each.type not in skipped]
+
+
+def _printed_values(text: str) -> list[float | bool]:
+    """As numpy prints numbers or truth values: without commas."""
+    parts = text[1:-1].split()
+    truth = {"True": True, "False": False}
+    return [truth[part] for part in parts] if parts and truth.keys() >= set(parts) else [float(part) for part in parts]
+
+
+def _with_lists(splits: datasets.DatasetDict, column: str, read: Callable[[Any], list | None]) -> datasets.DatasetDict:
+    """A split without any value stays without."""
     made = {}
     for name, split in splits.items():
-        if column in split.column_names:
-            lists = [None if text is None else read(text) for text in split[column][:]]
+        if column in split.column_names and _any_value(split, column):
+            lists = [read(text) for text in split[column][:]]
             try:
                 split = split.remove_columns(column).add_column(column, lists)
             except (TypeError, ValueError) as error:  # lists of unlike things
@@ -185,12 +252,18 @@ def _problem(splits: datasets.DatasetDict, where: str, usual: str | None) -> str
 
 
 def number_of(value: Any) -> float | None:
-    """What is meant by a value or a text; None: no finite number."""
+    """What is meant by a value or a text; None: no number, or none that is finite as models learn it."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(_stored_number(number)) else None
+
+
+def _stored_number(value: Any) -> np.float32:
+    """As `NUMBER` holds it."""
+    with np.errstate(over="ignore"):
+        return np.float32(float(value))
 
 
 def _fraction(value: Any) -> bool:
@@ -217,10 +290,24 @@ def _numbers(splits: datasets.DatasetDict, where: str) -> datasets.DatasetDict:
     distinct = {value for split in splits.values() for value in split.unique("label")}
     for value in distinct:
         if number_of(value) is None:
-            raise ValueError(f"{_place(splits, value)}: label ({value!r}) must be a finite number, for a {REGRESSION}")
-    if len(distinct) < 2:
-        raise ValueError(f"{where} (only {distinct.pop()!r}) must hold at least two different numbers")
+            large = f", and float32 ends at {np.finfo(np.float32).max:.3g}" if _too_large(value) else ""
+            raise ValueError(
+                f"{_place(splits, value)}: label ({value!r}) must be a finite number, for a {REGRESSION}{large}"
+            )
+    if len(set(map(_stored_number, distinct))) < 2:
+        held = repr(distinct.pop()) if len(distinct) == 1 else f"{float(_stored_number(distinct.pop()))!r} in float32"
+        raise ValueError(f"{where} (only {held}) must hold at least two different numbers")
     return _replaced(splits, float, NUMBER)
+
+
+def _too_large(value: Any) -> bool:
+    """Whether it is a number that is infinite only as models learn it."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+    except OverflowError:
+        return True
 
 
 def _several(splits: datasets.DatasetDict, where: str, *, told: bool) -> datasets.DatasetDict:

@@ -74,7 +74,7 @@ def read(arguments: ExplainArguments, model: PreTrainedModel, processing: object
     only = datasets.DatasetDict(rows=rows)
     if arguments.image_column is not None:
         read = list(read_images(only, processing, arguments.image_size)["rows"])
-        return sized(model, {"pixel_values": collate(read)["pixel_values"]}), labels
+        return sized(model, collate([{"pixel_values": row["pixel_values"]} for row in read])), labels
     rows = tokenize(only, processing, arguments.max_length)["rows"]
     taken = [name for name in processing.model_input_names if name in rows.column_names]
     return dict(DataCollatorWithPadding(processing)(list(rows.select_columns(taken)))), labels

@@ -89,6 +89,9 @@ class QuickstartArguments:
     dataset_config: str | None = None
     text_column: str = "text"
     label_column: str = "label"
+    problem_type: str | None = field(
+        default=None, metadata={"help": f"{CLASSES} takes whole numbers or texts as classes, however many there are"}
+    )
     pruning: str | None = field(
         default=None, metadata={"help": "a preset's name, or JSON with its hyper-parameters; adaptive if not given"}
     )
@@ -114,6 +117,8 @@ class QuickstartArguments:
         for name, value in (FAST if self.fast else USUAL).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.problem_type not in (None, CLASSES):
+            raise ValueError(f"problem_type ({self.problem_type!r}) must be {CLASSES!r}: run_finetune.py trains others")
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -207,6 +212,7 @@ class Quickstart:
             config=arguments.dataset_config,
             input_column=arguments.text_column,
             label_column=arguments.label_column,
+            problem_type=arguments.problem_type,
         )
         if problem_of_labels(splits) != CLASSES:
             raise ValueError(

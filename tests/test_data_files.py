@@ -1,7 +1,9 @@
 """Local files of two kinds are found at once, and a part of a split is that part."""
 
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -9,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from PIL import Image
+from transformers import ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_tokenprune.data import load_classification
 from hf_tokenprune.prediction import PredictionArguments, predict_dataset
@@ -86,6 +90,39 @@ def test_what_is_no_mixture_is_read(folder, tmp_path):
     assert sum(map(len, load_classification(str(tmp_path / "pics"), input_column="image", images=True).values())) == 6
 
 
+@pytest.mark.parametrize("places", [("cat", "dog"), ("train/cat", "train/dog")])
+def test_tables_beside_pictures_are_no_mixture(places, folder, tmp_path):
+    """`datasets` takes such a folder for pictures, and the tables for no part of it."""
+    pictures = tmp_path / "pictures"
+    for index in range(10):
+        (pictures / places[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(pictures / places[index % 2] / f"{index}.png")
+    (pictures / "stats.csv").write_text("a,b\n1,2\n")
+    (pictures / "info.json").write_text("{}")
+    splits = load_classification(str(pictures), input_column="image", images=True)
+    assert splits["train"].features["label"].names == ["cat", "dog"] and sum(map(len, splits.values())) == 10
+    rows = open_rows(arguments(folder, dataset_name=pictures, image_column="image"))
+    assert sum(len(table) for table, _ in rows.tables(7)) == 10
+
+
+def test_splits_of_two_kinds_are_named(folder, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    for source, name in (("one/a.csv", "train.csv"), ("two/b.jsonl", "test.jsonl")):
+        (tmp_path / "mixed" / name).write_bytes((folder / source).read_bytes())
+    with pytest.raises(ValueError, match="files that are read together are of one kind"):
+        load_classification(str(tmp_path / "mixed"))
+
+
+def test_a_folder_of_save_to_disk_is_read(folder, tmp_path):
+    splits = load_classification(str(folder / "saved"))
+    assert sum(map(len, splits.values())) == ROWS and len(splits["test"]) == 4
+    whole = datasets.Dataset.from_csv(str(folder / "one" / "a.csv"))
+    parts = datasets.DatasetDict(train=whole.select(range(12)), validation=whole.select(range(12, 20)))
+    parts.with_format("torch").save_to_disk(tmp_path / "parts")
+    splits = load_classification(str(tmp_path / "parts"))
+    assert splits["test"]["text"][:] == [f"w{4 + row}" for row in range(12, 20)]
+
+
 SOURCES = {
     "file": lambda folder: {"data_files": [str(folder / "one" / "a.csv")]},
     "name of a file": lambda folder: {"dataset_name": folder / "two" / "b.jsonl"},
@@ -100,7 +137,7 @@ def test_a_part_of_a_split_is_that_part(source, part, rows, folder):
     asked = arguments(folder, split=f"train{part}", keep_columns=["text"], **SOURCES[source](folder))
     assert predict_dataset(asked)["rows"] == len(rows)
     read = datasets.load_dataset("parquet", data_files=str(folder / "out" / "*.parquet"), split="train")
-    assert read["text"][:] == [f"w{4 + row}" for row in rows] and read["row"][:] == list(range(len(rows)))
+    assert read["text"][:] == [f"w{4 + row}" for row in rows] and read["row"][:] == list(rows)
 
 
 def test_a_part_is_gone_on_with(folder):
@@ -112,6 +149,39 @@ def test_a_part_is_gone_on_with(folder):
         path.unlink()
     assert predict_dataset(asked)["this_run"]["rows"] == 6
     assert all(pq.read_table(path).equals(table) for path, table in zip(shards, whole))
+    assert whole[1]["row"].to_pylist() == [7, 8, 9, 10]
+
+
+def test_an_error_in_a_part_counts_from_the_beginning_of_the_data(folder):
+    path = folder / "gaps.jsonl"
+    path.write_text("".join(json.dumps({"text": None if row == 12 else f"w{4 + row}"}) + "\n" for row in range(ROWS)))
+    with pytest.raises(SystemExit, match=r"row 12: text \(None\) must have a value"):
+        predict_dataset(arguments(folder, dataset_name=path, split="train[3:17]"))
+    picture = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(picture, "PNG")
+    pictures = [picture.getvalue() if row != 12 else b"no picture" for row in range(ROWS)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(folder / "pictures.parquet")
+    ViTForImageClassification(tiny.VIT).save_pretrained(folder / "images")
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(folder / "images")
+    asked = {"dataset_name": folder / "pictures.parquet", "image_column": "image", "split": "train[3:17]"}
+    with pytest.raises(SystemExit) as error:
+        predict_dataset(replace(arguments(folder, **asked), model_name_or_path=str(folder / "images"),
+                                output_dir=str(folder / "seen")))  # fmt: skip
+    assert "row 12: the image cannot be read" in str(error.value) and " object at 0x" not in str(error.value)
+
+
+def test_rows_that_changed_since_are_named_by_their_place(folder):
+    rows = [f"w{4 + row}" for row in range(ROWS)]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    asked = arguments(folder, dataset_name=path, split="train[3:17]")
+    predict_dataset(asked)
+    sorted((folder / "out").glob("part-*.parquet"))[0].unlink()
+    rows[8] = "w9"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    with pytest.raises(SystemExit, match="the rows from 7 on have changed since shard 1 was computed"):
+        predict_dataset(asked)
 
 
 @pytest.mark.parametrize("split", ["train[:50%]", "train[-5:]", "train+test", "train[5]", "train[:10"])

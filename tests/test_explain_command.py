@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -39,6 +40,24 @@ def test_texts_of_ones_own(run, tmp_path):
     page = (tmp_path / "seen" / "explain.html").read_text()
     assert page.count("<article") == 2 and "keep_rate 0.7" in page
     assert {path.name for path in (tmp_path / "seen").iterdir()} == {"explain.html", "tokens_per_layer.png"}
+
+
+@pytest.mark.parametrize("label", [["cat", "dog"], [0, 1, 1], "cat"])
+def test_images_and_their_labels(run, tmp_path, label):
+    ViTForImageClassification(tiny.VIT).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "model")
+    shades = np.random.default_rng(0).integers(0, 80, (10, 9, 9), dtype=np.uint8)
+    kind = datasets.Value("int64" if label == [0, 1, 1] else "string")
+    features = {"image": datasets.Image(mode="L"), "label": kind if label == "cat" else datasets.List(kind)}
+    rows = datasets.Dataset.from_dict(
+        {"image": list(shades), "label": [label] * 10}, features=datasets.Features(features)
+    )
+    rows.to_parquet(tmp_path / "pictures.parquet")
+    run("--model_name_or_path", str(tmp_path / "model"), "--pruning", "top_k", "--dataset_name",
+        str(tmp_path / "pictures.parquet"), "--image_column", "image", "--inputs", "2")  # fmt: skip
+    page = (tmp_path / "seen" / "explain.html").read_text()
+    shown = {"cat": "cat", "[0, 1, 1]": "LABEL_1, LABEL_2"}.get(str(label), "cat, dog")
+    assert page.count("<article") == 2 and f">{shown}<" in page
 
 
 def test_rows_of_a_data_set(run, tmp_path):

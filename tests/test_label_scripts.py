@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     HfArgumentParser,
@@ -168,6 +169,44 @@ def test_a_checkpoints_problem_is_respected(room, trained, tmp_path, caplog):
     trainer = make_trainer(*parsed(given(room, REGRESSION, tmp_path / "asked", **place)))
     assert trainer.pruned.config.problem_type == CLASSES and trainer.pruned.config.num_labels == 6
     assert "the checkpoint's head is of regression" in caplog.text
+
+
+def test_one_logit_of_a_checkpoint_that_says_nothing_is_a_number_everywhere(room, run, tmp_path, caplog):
+    """Natively it is trained as one, and profiles, plans and cards say so."""
+    native = tmp_path / "native"
+    config = AutoConfig.from_pretrained(room / "model", num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(native)
+    AutoTokenizer.from_pretrained(room / "model").save_pretrained(native)
+    assert json.loads((native / "config.json").read_text()).get("problem_type") is None
+    rows = [json.dumps({"text": f"w{4 + i % 9}", "label": i % 6}) + "\n" for i in range(60)]
+    (tmp_path / "whole.jsonl").write_text("".join(rows))
+    place = {"dataset_name": str(tmp_path / "whole.jsonl"), "model_name_or_path": str(native)}
+    trainer = make_trainer(*parsed(given(room, REGRESSION, tmp_path / "out", **place)))
+    assert trainer.pruned.config.problem_type == REGRESSION and trainer.pruned.config.num_labels == 1
+    before = AutoModelForSequenceClassification.from_pretrained(native).eval()
+    torch.testing.assert_close(trainer.pruned.classifier.weight, before.classifier.weight)
+    # Classes, which one number cannot be, take another head, and the log says so.
+    named = place | {"dataset_name": str(room / f"{CLASSES}.jsonl")}
+    trainer = make_trainer(*parsed(given(room, CLASSES, tmp_path / "named", **named)))
+    assert trainer.pruned.config.problem_type == CLASSES
+    assert "the checkpoint's head is of regression" in caplog.text
+    run("run_predict", output_dir=str(tmp_path / "seen"), max_rows=5, logits=True, **place)
+    read = datasets.load_dataset("parquet", data_files=str(tmp_path / "seen" / "*.parquet"), split="train",
+                                 cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    assert read.column_names == ["row", "score", "logits"]
+    assert read["score"][:] == [logit for (logit,) in read["logits"]]
+    run("run_predict", output_dir=str(tmp_path / "told"), max_rows=5, logits=True, problem_type=MULTI_LABEL, **place)
+    read = datasets.load_dataset("parquet", data_files=str(tmp_path / "told" / "*.parquet"), split="train",
+                                 cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    torch.testing.assert_close(torch.tensor(read["scores"][:]), torch.tensor(read["logits"][:]).sigmoid())
+    with pytest.raises(SystemExit, match="requires `num_labels > 1`"):
+        run("run_predict", output_dir=str(tmp_path / "one"), problem_type=CLASSES, **place)
+    # A base without a head has no problem, whatever its config counts.
+    base = tmp_path / "base"
+    AutoModel.from_config(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(room / "model").save_pretrained(base)
+    trainer = make_trainer(*parsed(given(room, CLASSES, tmp_path / "new", **place | {"model_name_or_path": str(base)})))
+    assert trainer.pruned.config.problem_type == CLASSES and trainer.pruned.config.num_labels == 6
 
 
 def test_a_checkpoint_of_another_problem_learns_what_the_data_say(room, trained, tmp_path):

@@ -70,6 +70,36 @@ def test_lists_that_a_csv_holds_as_texts(text, tmp_path):
     assert problem_of_labels(read(tmp_path, ["[POS]", "[NEG]"] * 5, name="names.csv")) == CLASSES
 
 
+PRINTED = {
+    "names": (lambda row: np.array(["sad", "it's", "angry"])[row], ["angry", "it's", "sad"]),
+    "objects": (lambda row: np.array(["sad", "it's", "angry"], dtype=object)[row], ["angry", "it's", "sad"]),
+    "truth values": (lambda row: np.isin(range(3), row), ["LABEL_0", "LABEL_1", "LABEL_2"]),
+}
+
+
+@pytest.mark.parametrize("kind", PRINTED)
+def test_lists_that_numpy_printed_into_a_csv(kind, tmp_path):
+    """Python would make one label of the two in `['sad' 'angry']`."""
+    made, names = PRINTED[kind]
+    rows = [[0, 2], [1], [0, 1, 2], [0]] * 5
+    splits = read(tmp_path, [str(made(row)) for row in rows], name="data.csv")
+    assert label_names(splits) == names
+    held_names = [{names[place] for place in each} for each in held(splits)]
+    wanted = [{str(name) for name in made(row)} if kind != "truth values" else {names[i] for i in row} for row in rows]
+    assert sorted(map(sorted, held_names)) == sorted(map(sorted, wanted))
+
+
+@pytest.mark.parametrize("odd", ["['sad', 'angry' 'joy']", "[sad, joy]", "[sad joy]", "[0 1 ... 1]", "['a' b]"])
+def test_texts_in_brackets_that_are_no_lists_are_refused(odd, tmp_path):
+    for others in (["['sad', 'joy']", "['joy']"], [odd, odd]):
+        labels = [others[0], others[1], odd, others[0]] * 5
+        words = f"row {labels.index(odd)} of train: label ({odd!r}) must be a list as JSON, Python or numpy writes one"
+        with pytest.raises(ValueError, match=re.escape(words)):
+            read(tmp_path, labels, name="data.csv")
+    splits = read(tmp_path, [odd, "[sad]"] * 5, name="data.csv", problem_type=CLASSES)
+    assert label_names(splits) == sorted([odd, "[sad]"])
+
+
 def test_labels_of_one_text_and_in_several_columns(tmp_path):
     splits = read(tmp_path, ["a; c", "b", "c;a"] * 5, name="a.csv", label_separator=";")
     assert label_names(splits) == ["a", "b", "c"] and {tuple(each) for each in held(splits)} == {(0, 2), (1,)}
@@ -78,6 +108,40 @@ def test_labels_of_one_text_and_in_several_columns(tmp_path):
     assert label_names(splits) == ["toxic", "rude", "never"]
     assert {tuple(each) for each in held(splits)} == {(), (0,), (1,), (0, 1)}
     assert {tuple(each) for each in held(targets(splits))} == {(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)}
+
+
+def test_a_row_without_a_text_has_no_label(tmp_path):
+    splits = read(tmp_path, ["a;b", None, "b"] * 5, name="a.csv", label_separator=";")
+    assert label_names(splits) == ["a", "b"] and {tuple(each) for each in held(splits)} == {(0, 1), (), (1,)}
+    path = split_files(tmp_path / "hidden", train=["a;b", None] * 5, test=[None] * 4, validation=["a", "b", None])
+    assert load_classification(path, label_separator=";")["test"]["label"][:] == [[0], [1], []]
+
+
+def test_columns_of_a_split_without_labels(tmp_path):
+    """A test split is published with -1 or nothing in all of them; one such row among others is a fault."""
+
+    def files(name: str, **splits: list[tuple]) -> str:
+        (tmp_path / name).mkdir()
+        for split, rows in splits.items():
+            lines = [json.dumps({"text": "w5", "toxic": a, "rude": b}) + "\n" for a, b in rows]
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(lines))
+        return str(tmp_path / name)
+
+    train = [(0, 1), (1, 1), (0, 0), (1, 0)] * 3
+    for number, hidden in enumerate(([(-1, -1)] * 4, [(None, None)] * 4, [(-1, None)] * 4)):
+        path = files(f"only{number}", train=train, test=hidden)
+        splits = load_classification(path, label_column="toxic,rude")
+        assert sum(map(len, splits.values())) == len(train)
+        path = files(f"other{number}", train=train, test=hidden, validation=[(0, 1), (1, 1)])
+        splits = load_classification(path, label_column="toxic, rude")
+        assert splits["test"]["label"][:] == [[1], [0, 1]] and label_names(splits) == ["toxic", "rude"]
+    for number, row in enumerate(((-1, -1), (None, None))):
+        path = files(f"single{number}", train=train, test=[(0, 1), row])
+        with pytest.raises(ValueError, match=re.escape(f"row 1 of test: toxic ({row[0]}) must be 0 or 1")):
+            load_classification(path, label_column="toxic,rude")
+    path = files("train", train=[(-1, -1)] * 4)
+    with pytest.raises(ValueError, match=re.escape("row 0 of train: toxic,rude (None) must have a value")):
+        load_classification(path, label_column="toxic,rude")
 
 
 def test_names_that_a_data_set_has_stay(tmp_path):
@@ -131,6 +195,21 @@ REFUSED = {
     ),
     "one number": ([2.5] * 10, {}, "(only 2.5) must hold at least two different numbers"),
     "an infinite one": ([1.5, float("inf")] * 5, {"name": "a.csv"}, "row 1 of train: label (inf) must be a finite"),
+    "beyond float32": (
+        [1.5, 1e39] * 5,
+        {},
+        "row 1 of train: label (1e+39) must be a finite number, for a regression, and",
+    ),
+    "beyond any float": (
+        ["1.5", "9" * 400] * 5,
+        {"problem_type": REGRESSION},
+        "must be a finite number, for a regression",
+    ),
+    "one number in float32": (
+        [16777216, 16777217] * 5,
+        {"problem_type": REGRESSION},
+        "(only 16777216.0 in float32) must hold at least two different numbers",
+    ),
     "a missing number": ([1.5, None, 2.5] * 5, {}, "row 1 of train: label (None) must have a value"),
     "a missing list": ([["a"], None, ["b"]] * 5, {}, "row 1 of train: label (None) must have a value"),
     "a hole in a list": (
@@ -169,6 +248,11 @@ REFUSED = {
         "problem_type ('ranking') must be one of regression,",
     ),
     "no text to part": ([1, 2] * 5, {"label_separator": ";"}, "label_separator (';') must go with a column of texts"),
+    "a column twice": (
+        {"x": [0, 1] * 5, "y": [0, 1] * 5},
+        {"label_column": "x, y,x"},
+        "label_column ('x, y,x') must name each column once",
+    ),
     "columns of counts": (
         {"x": [0, 1] * 5, "y": [0, 2] * 5},
         {"label_column": "x,y"},

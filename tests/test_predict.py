@@ -199,10 +199,11 @@ def test_a_hole_and_a_broken_shard_are_computed_again(room, tmp_path, capsys):
     [
         ({"max_length": 20}, "a run with max_length null, now 20 is asked for"),
         ({"pruning": "none"}, "a run with pruning {"),
+        ({"problem_type": "regression"}, 'a run with problem_type null, now "regression" is asked for'),
         ({"rows_per_shard": 16}, "a run with rows_per_shard 8, now 16 is asked for"),
         ({"model_name_or_path": "other"}, "a run with model "),
     ],
-    ids=["max_length", "pruning", "rows_per_shard", "model"],
+    ids=["max_length", "pruning", "problem_type", "rows_per_shard", "model"],
 )
 def test_changed_arguments_are_refused(room, reference, tmp_path, changes, words):
     if "model_name_or_path" in changes:  # another checkpoint in the same place is another model, too

@@ -160,6 +160,33 @@ def test_the_stock_model_is_native_and_the_same():
         assert torch.equal(stock(**inputs).logits, native(**inputs).logits)
 
 
+@pytest.mark.parametrize("case", tiny.HEADS)
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_stock_model_has_the_adapters(case, saved):
+    peft = pytest.importorskip("peft")
+    ours, inputs = prune(tiny.build(case), PRUNING), tiny.inputs_for(case)
+    targets = ["query", "q_proj", "dense", "fc1"]
+    settings = {"modules_to_save": ["classifier"]} if saved and hasattr(ours, "classifier") else {}
+    peft.get_peft_model(ours, peft.LoraConfig(target_modules=targets, init_lora_weights=False, **settings))
+    ours.eval()
+    stock = stock_model(ours)
+    assert type(stock) is case.native and not stock.training
+    assert not {id(each) for each in stock.parameters()} & {id(each) for each in ours.parameters()}
+    assert any("lora" in name for name in stock.state_dict())
+    with torch.no_grad():
+        found, expected = stock(**inputs)[0], prune(ours, None).eval()(**inputs)[0]
+    real = inputs["attention_mask"].bool() if found.dim() == 3 else slice(None)  # what padding gives is not compared
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+def test_a_stock_model_without_weights_of_its_own_is_refused():
+    ours = prune(tiny.build(tiny.Case(ViTForImageClassification, tiny.VIT)), PRUNING)
+    ours.classifier.register_parameter("bias", None)
+    words = "must have all weights of ViTForImageClassification, and has no classifier.bias"
+    with pytest.raises(ValueError, match=words):
+        stock_model(ours)
+
+
 def test_the_stock_model_of_a_pruned_one_costs_what_is_stock():
     """Its config still speaks of the pruning, and of a table that it has not."""
     native, inputs = tiny.build(tiny.HEADS[0].values[0]), tiny.text_inputs([30])

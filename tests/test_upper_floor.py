@@ -192,3 +192,19 @@ def test_quickstart_is_of_classes(tmp_path, monkeypatch):
     assert (
         "label_column ('label') must hold one class a row here; run_finetune.py trains a regression" in end.value.code
     )
+
+
+def test_the_quickstart_has_the_argument_that_its_errors_name(tmp_path):
+    names = runpy.run_path(str(SCRIPTS / "run_quickstart.py"))
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"w{4 + i % 40},{i % 51}\n" for i in range(204)))
+    given = {"dataset_name": str(tmp_path / "a.csv"), "output_dir": str(tmp_path / "out"), "max_length": 16}
+    quickstart = names["Quickstart"](names["QuickstartArguments"](**given))
+    quickstart.tokenizer = tiny.tokenizer()
+    with pytest.raises(ValueError, match="problem_type must say whether"):
+        quickstart.load_data()
+    asked = names["QuickstartArguments"](**given, problem_type="single_label_classification")
+    quickstart = names["Quickstart"](asked)
+    quickstart.tokenizer = tiny.tokenizer()
+    assert len(quickstart.load_data()["train"].features["label"].names) == 51
+    with pytest.raises(ValueError, match=r"problem_type \('regression'\) must be 'single_label_classification'"):
+        names["QuickstartArguments"](**given, problem_type="regression")

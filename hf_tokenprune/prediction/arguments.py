@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..labels import PROBLEMS, check_problem
+from ..labels import PROBLEMS, REGRESSION, check_problem
 
 
 # What two runs must share for one to go on where the other was stopped. How rows are batched and how many processes
@@ -12,6 +12,7 @@ DECISIVE = (
     "pooling",
     "normalize",
     "logits",
+    "problem_type",
     "dtype",
     "max_length",
     "dataset_name",
@@ -75,7 +76,11 @@ class PredictionArguments:
     normalize: bool = field(default=False, metadata={"help": "embed: vectors of length one"})
     logits: bool = field(default=False, metadata={"help": "predict: the logits, too"})
     problem_type: str | None = field(
-        default=None, metadata={"help": f"predict: one of {', '.join(PROBLEMS)}; the checkpoint's own if not given"}
+        default=None,
+        metadata={
+            "help": f"predict: one of {', '.join(PROBLEMS)}; the checkpoint's own if not given, of one logit "
+            f"{REGRESSION} where it says none"
+        },
     )
     pruning: str | None = field(
         default=None,

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from .. import packaged
 from ..data import check_column
-from ..file_kinds import FILE_KINDS, check_folder, check_one_kind, one_kind
+from ..file_kinds import FILE_KINDS, check_folder, check_one_kind, is_saved, one_kind
 from .arguments import PredictionArguments, PredictionError, one_line
 
 
@@ -36,12 +36,14 @@ class Rows:
         features: of these columns in the tables.
         column: the one that the model reads.
         count: how many rows there are, None if only the end will tell.
+        first: the place of the first in the data, where only a part of a split is asked for.
     """
 
     stream: datasets.IterableDataset
     features: datasets.Features
     column: str
     count: int | None
+    first: int = 0
 
     @property
     def images(self) -> bool:
@@ -117,7 +119,7 @@ def open_rows(arguments: PredictionArguments) -> Rows:
     known = known or datasets.Features.from_arrow_schema(first.schema)
     features = datasets.Features({wish: known[wish] for wish in wanted})
     check_column(column, features[column], images=arguments.image_column is not None)
-    return Rows(stream.select_columns(wanted), features, column, count)
+    return Rows(stream.select_columns(wanted), features, column, count, part.start)
 
 
 def _part(text: str) -> tuple[str, slice]:
@@ -168,7 +170,7 @@ def _open(
     name = arguments.dataset_name
     if name in packaged.available_datasets():
         return _one_split(packaged.load_dataset(name), name, split)
-    if name is not None and any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+    if name is not None and is_saved(name):
         return _one_split(datasets.load_from_disk(name), name, split)
     files = arguments.data_files
     if name is None or Path(name).is_file():

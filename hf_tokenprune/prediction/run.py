@@ -149,7 +149,7 @@ def _look(job: Job) -> dict[int, ShardInfo]:
     asked = {name: getattr(job.arguments, name) for name in DECISIVE}
     asked |= describe_model(job.predictor, job.arguments)
     resumed = start_run(job.folder, asked)
-    shards, complaints = read_shards(job.folder, job.schema, job.arguments.rows_per_shard)
+    shards, complaints = read_shards(job.folder, job.schema, job.arguments.rows_per_shard, job.rows.first)
     for complaint in complaints:
         print(complaint)
     if resumed:
@@ -195,13 +195,18 @@ def compute(job: Job, shards: dict[int, ShardInfo]) -> tuple[int, int, int]:
 
 
 def _compute_shard(job: Job, task: Task, progress: Any) -> pa.Table:
-    start = task.number * job.arguments.rows_per_shard
+    start = _first_row(job, task.number)
     columns = {"row": pa.array(range(start, start + len(task.table)), pa.int64())}
     columns |= {new: task.table[old] for old, new in job.copied.items()}
     columns |= job.predictor(
         task.encoded, job.arguments.max_tokens_per_batch, job.arguments.max_rows_per_batch, progress
     )
     return pa.table(columns).cast(job.schema)
+
+
+def _first_row(job: Job, number: int) -> int:
+    """The place in the data of a shard's first row."""
+    return job.rows.first + number * job.arguments.rows_per_shard
 
 
 def tasks(job: Job, shards: dict[int, ShardInfo]) -> Iterator[Task | int]:
@@ -215,9 +220,9 @@ def tasks(job: Job, shards: dict[int, ShardInfo]) -> Iterator[Task | int]:
         if (missing - 1) % job.state.num_processes != job.state.process_index:
             passed += len(table)
             continue
-        values = table[job.rows.column].to_pylist()
-        check_values(values, job.rows.column, number * size)
-        yield Task(number, table, job.predictor.encode(values, number * size), position, passed)
+        values, first = table[job.rows.column].to_pylist(), _first_row(job, number)
+        check_values(values, job.rows.column, first)
+        yield Task(number, table, job.predictor.encode(values, first), position, passed)
         passed = 0
     yield total
 
@@ -238,8 +243,8 @@ def _tables(job: Job, shards: dict[int, ShardInfo]) -> Iterator[tuple[int, pa.Ta
     for number, (table, before) in enumerate(job.rows.tables(size, position), start):
         if number in shards and digest(table) != shards[number].digest:
             raise PredictionError(
-                f"the rows from {number * size} on have changed since shard {number} was computed: take another "
-                "output_dir"
+                f"the rows from {_first_row(job, number)} on have changed since shard {number} was computed: take "
+                "another output_dir"
             )
         yield number, table, before
 
@@ -257,7 +262,7 @@ def _finish(job: Job, total: int, done: list[tuple[int, int]], seconds: float) -
     """Checks on the main process that every row is there once, and writes the summary."""
     size, summary = job.arguments.rows_per_shard, [None]
     if job.state.is_main_process:
-        shards, _ = read_shards(job.folder, job.schema, size)
+        shards, _ = read_shards(job.folder, job.schema, size, job.rows.first)
         check_complete(shards, total, size)
         infos = shards.values()
         rows, tokens = (sum(part) for part in zip(*done))

@@ -1,5 +1,5 @@
-"""The folder of a run: `part-000012.parquet` for the rows 12 n to 13 n - 1, `run.json` with what was asked for, and a
-`README.md` that tells `datasets` which of the files are the data.
+"""The folder of a run: `part-000012.parquet` for the rows 12 n to 13 n - 1 of those that are asked for, `run.json` with
+what was asked for, and a `README.md` that tells `datasets` which of the files are the data.
 
 A shard appears whole, by one rename, or not at all; so what is there is done. Each tells in its metadata where in the
 data it came from, how many tokens it had and how long it took.
@@ -70,26 +70,31 @@ def stored_schema(schema: pa.Schema) -> pa.Schema:
     return pq.read_schema(pa.BufferReader(_parquet(schema.empty_table())))
 
 
-def read_shards(folder: Path, schema: pa.Schema, size: int) -> tuple[dict[int, ShardInfo], list[str]]:
-    """The shards that are whole, by number; and a sentence for each that is not and has to be computed again."""
+def read_shards(folder: Path, schema: pa.Schema, size: int, first: int = 0) -> tuple[dict[int, ShardInfo], list[str]]:
+    """The shards that are whole, by number; and a sentence for each that is not and has to be computed again.
+
+    Args:
+        first: the place in the data of the run's first row.
+    """
     shards, complaints = {}, []
     for path in sorted(folder.glob(_PATTERN)):
         try:
             number = int(path.stem.removeprefix("part-"))
-            shards[number] = _read_shard(path, number, schema, size)
+            shards[number] = _read_shard(path, number, schema, size, first)
         except (OSError, KeyError, TypeError, ValueError) as error:
             complaints.append(f"{path.name} is computed again: {one_line(error)}")
     return shards, complaints
 
 
-def _read_shard(path: Path, number: int, schema: pa.Schema, size: int) -> ShardInfo:
+def _read_shard(path: Path, number: int, schema: pa.Schema, size: int, first: int) -> ShardInfo:
     file = pq.ParquetFile(path)
     if not file.schema_arrow.equals(schema):
         raise ValueError(f"its columns ({file.schema_arrow.names}) must be {schema.names}, with the same types")
     info = ShardInfo(**json.loads(file.schema_arrow.metadata[_METADATA]))
     rows = file.read(columns=["row"])["row"].to_numpy()
-    if len(rows) != info.rows or len(rows) > size or not np.array_equal(rows, number * size + np.arange(len(rows))):
-        raise ValueError(f"its rows must be {number * size} onwards, at most {size}")
+    first += number * size
+    if len(rows) != info.rows or len(rows) > size or not np.array_equal(rows, first + np.arange(len(rows))):
+        raise ValueError(f"its rows must be {first} onwards, at most {size}")
     return info
 
 

@@ -1,9 +1,11 @@
 """The three baselines that a speed-up is over: padded (in arrival order and by length), unpadded, pruned."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..convert import prune
@@ -15,13 +17,35 @@ Batches = Sequence[Mapping[str, torch.Tensor]]
 
 
 def stock_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The native model with the same weights, copied; a native one as it is."""
+    """The native model with the same weights and adapters, copied; a native one as it is.
+
+    Raises:
+        ValueError: weights that it needs and the model has not, which would be random.
+    """
     native = {ours: native for native, ours in native_to_pruned().items()}.get(type(model))
     if native is None:
         return model
-    stock = native(model.config)
-    stock.load_state_dict(model.state_dict(), strict=False)  # token predictors stay behind
-    return stock.to(device=model.device, dtype=model.dtype).train(model.training)
+    stock = native(model.config).to(device=model.device, dtype=model.dtype)
+    _take_replaced(stock, model, {})
+    missing = stock.load_state_dict(model.state_dict(), strict=False).missing_keys  # token predictors stay behind
+    if missing:
+        raise ValueError(f"{type(model).__name__} must have all weights of {native.__name__}, and has no {missing[0]}")
+    return stock.train(model.training)
+
+
+def _take_replaced(stock: nn.Module, model: nn.Module, memo: dict) -> None:
+    """Copies what stands in the place of a native part and is another class: adapters around it, or quantised weights.
+    What has all parts of the native one is our own class of it.
+
+    memo: of all copies, so that what is tied stays tied.
+    """
+    for name, part in stock.named_children():
+        given = model._modules.get(name)
+        inside = None if given is None else given._modules.keys()
+        if type(given) is type(part) or (part._modules and inside and part._modules.keys() <= inside):
+            _take_replaced(part, given, memo)
+        else:
+            stock._modules[name] = copy.deepcopy(given, memo)
 
 
 @torch.inference_mode()

@@ -35,11 +35,12 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Subject:
-    """The same weights as the stock model, as our engine with nothing pruned, and pruned; and inputs on the device.
+    """The same weights, and adapters where there are any, as the stock model ("baseline"), as our engine with nothing
+    pruned ("unpadded"), and "pruned"; and inputs, of which `batch` makes what the models take, on their device.
 
-    name: what reports call it. inputs: single rows, as the collator takes them. labels: their classes, as the model
-    numbers them, their numbers, or for each label of the model 0 or 1, where they have any. unlabelled: why they have
-    none, in words.
+    name: what reports call it. inputs: single rows, as `collate` takes them. labels: one for each row, or None: its
+    class, as the model numbers it, its number, or 0 or 1 for each label of the model. unlabelled: why there are none,
+    in words.
     """
 
     name: str
@@ -78,8 +79,8 @@ def load_subject(arguments: ProfileArguments, device: torch.device) -> Subject:
     Raises:
         OSError: no such model or data set.
         TypeError: a model that cannot be pruned, listing those that can.
-        ValueError: a pruning without sites, an impossible one, data without rows, or labels that are no classes of the
-            model.
+        ValueError: a pruning without sites, an impossible one, weights that the stock model needs and this one has not,
+            data that `load_classification` refuses or without rows, or labels that the model does not have.
     """
     set_seed(arguments.seed)
     source = model_source(arguments.model_name_or_path)

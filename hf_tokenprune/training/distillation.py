@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..labels import MULTI_LABEL, REGRESSION
 from ..modeling.token_state import TokenState
 
 
@@ -27,7 +28,7 @@ def difference_to_teacher(
             a regression has no distribution: the squared error, summed, without temperature.
     """
     student, teacher = student.float(), teacher.detach().float()
-    if problem == "regression":
+    if problem == REGRESSION:
         each = (student - teacher).square().sum(dim=-1)
     else:
         each = temperature**2 * _kl(student / temperature, teacher / temperature, problem)
@@ -38,11 +39,11 @@ def difference_to_teacher(
 
 def _kl(student: torch.Tensor, teacher: torch.Tensor, problem: str | None) -> torch.Tensor:
     """KL(teacher || student) of logits [.., C] -> [..]"""
-    if problem == "multi_label_classification":  # there, or not: two classes for each label
+    if problem == MULTI_LABEL:  # there, or not: two classes for each label
         student, teacher = (torch.stack([x, torch.zeros_like(x)], dim=-1) for x in (student, teacher))
     wanted, given = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
     each = F.kl_div(given, wanted, reduction="none", log_target=True).sum(dim=-1)
-    return each.sum(dim=-1) if problem == "multi_label_classification" else each
+    return each.sum(dim=-1) if problem == MULTI_LABEL else each
 
 
 def kept_token_mse(student: torch.Tensor, teacher: torch.Tensor, state: TokenState) -> torch.Tensor:

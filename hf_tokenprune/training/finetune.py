@@ -29,6 +29,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the top level's wants torchvision
 
 from .. import images, packaged
+from ..checkpoints import saved_problem
 from ..command_line import model_source, parse_mapping, written_pruning
 from ..convert import prune
 from ..data import NAMED, DataArguments, processor_sizes, read_images, tokenize
@@ -153,11 +154,12 @@ def make_trainer(arguments: FinetuneArguments, training: TokenPruneTrainingArgum
         kind, training.remove_unused_columns = AutoModelForImageClassification, False  # images are read by the column
     overrides = parse_mapping("config_overrides", arguments.config_overrides or "{}")
     own = AutoConfig.from_pretrained(source)
+    usual = saved_problem(own)
     asked = check_problem(overrides.pop("problem_type", None) or arguments.problem_type)
-    splits = load_splits(replace(arguments, problem_type=asked), training.seed, own.problem_type)
+    splits = load_splits(replace(arguments, problem_type=asked), training.seed, usual)
     problem = problem_of_labels(splits)
     if training.process_index == 0:
-        logger.warning(described(splits, arguments.label_column, asked=asked is not None, checkpoint=own.problem_type))
+        logger.warning(described(splits, arguments.label_column, asked=asked is not None, checkpoint=usual))
     check_best(problem, training.metric_for_best_model)
     model = load_classifier(kind, source, problem, _names(splits, own), overrides)
     splits, processing, collate = prepare(arguments, source, splits)

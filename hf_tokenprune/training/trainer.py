@@ -21,6 +21,7 @@ from ..checkpoints import problem_of
 from ..convert import prune
 from ..files import write_atomically
 from ..images import sized
+from ..labels import CLASSES, REGRESSION
 from ..modeling.held_inside import address
 from ..modeling.modeling_tokenprune import Prunable
 from ..modeling.pruner_modules import PREDICTORS, VALUES
@@ -127,7 +128,7 @@ class TokenPruneTrainer(WithoutPickles, Trainer):
                     "values that this would set"
                 )
         config = self.pruned.config
-        if args.label_smoothing_factor and problem_of(config) != "single_label_classification":
+        if args.label_smoothing_factor and problem_of(config) != CLASSES:
             raise ValueError(
                 f"label_smoothing_factor ({args.label_smoothing_factor}) must be 0 with problem_type "
                 f"{problem_of(config)!r}: it is of one class an input"
@@ -486,7 +487,7 @@ class _CheckedLabels:
 
     def __call__(self, rows: list) -> dict[str, Any]:
         batch = self.collate(rows)
-        labels = batch.get("labels") if "labels" in self.names and not self._regression else None
+        labels = batch.get("labels") if "labels" in self.names and problem_of(self.config) != REGRESSION else None
         if not isinstance(labels, torch.Tensor) or labels.dtype != torch.long or not (labels != -100).any():
             return batch
         low, high = labels[labels != -100].aminmax()
@@ -494,7 +495,3 @@ class _CheckedLabels:
             wrong = int(low if low < 0 else high)
             raise ValueError(f"label ({wrong}) must be in [0, {self.config.num_labels - 1}]: num_labels says so")
         return batch
-
-    @property
-    def _regression(self) -> bool:
-        return problem_of(self.config) == "regression"
