@@ -171,8 +171,8 @@ def test_a_checkpoints_problem_is_respected(room, trained, tmp_path, caplog):
     assert "the checkpoint's head is of regression" in caplog.text
 
 
-def test_one_logit_of_a_checkpoint_that_says_nothing_is_a_number_everywhere(room, run, tmp_path, caplog):
-    """Natively it is trained as one, and profiles, plans and cards say so."""
+def test_one_logit_of_a_checkpoint_that_says_nothing(room, run, tmp_path, caplog):
+    """Natively it is trained as a number, and pipelines give its sigmoid."""
     native = tmp_path / "native"
     config = AutoConfig.from_pretrained(room / "model", num_labels=1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(native)
@@ -190,7 +190,11 @@ def test_one_logit_of_a_checkpoint_that_says_nothing_is_a_number_everywhere(room
     trainer = make_trainer(*parsed(given(room, CLASSES, tmp_path / "named", **named)))
     assert trainer.pruned.config.problem_type == CLASSES
     assert "the checkpoint's head is of regression" in caplog.text
-    run("run_predict", output_dir=str(tmp_path / "seen"), max_rows=5, logits=True, **place)
+    run("run_predict", output_dir=str(tmp_path / "pipelines"), max_rows=5, logits=True, **place)
+    read = datasets.load_dataset("parquet", data_files=str(tmp_path / "pipelines" / "*.parquet"), split="train",
+                                 cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    torch.testing.assert_close(torch.tensor(read["score"][:]), torch.tensor(read["logits"][:])[:, 0].sigmoid())
+    run("run_predict", output_dir=str(tmp_path / "seen"), max_rows=5, logits=True, problem_type=REGRESSION, **place)
     read = datasets.load_dataset("parquet", data_files=str(tmp_path / "seen" / "*.parquet"), split="train",
                                  cache_dir=str(tmp_path / "cache"))  # fmt: skip
     assert read.column_names == ["row", "score", "logits"]
@@ -199,8 +203,6 @@ def test_one_logit_of_a_checkpoint_that_says_nothing_is_a_number_everywhere(room
     read = datasets.load_dataset("parquet", data_files=str(tmp_path / "told" / "*.parquet"), split="train",
                                  cache_dir=str(tmp_path / "cache"))  # fmt: skip
     torch.testing.assert_close(torch.tensor(read["scores"][:]), torch.tensor(read["logits"][:]).sigmoid())
-    with pytest.raises(SystemExit, match="requires `num_labels > 1`"):
-        run("run_predict", output_dir=str(tmp_path / "one"), problem_type=CLASSES, **place)
     # A base without a head has no problem, whatever its config counts.
     base = tmp_path / "base"
     AutoModel.from_config(config).save_pretrained(base)

@@ -78,8 +78,8 @@ class PredictionArguments:
     problem_type: str | None = field(
         default=None,
         metadata={
-            "help": f"predict: one of {', '.join(PROBLEMS)}; the checkpoint's own if not given, of one logit "
-            f"{REGRESSION} where it says none"
+            "help": f"predict: one of {', '.join(PROBLEMS)}; the checkpoint's own if not given. Where it says none, "
+            f"one logit gives its sigmoid, as in pipelines, and with {REGRESSION} the number"
         },
     )
     pruning: str | None = field(

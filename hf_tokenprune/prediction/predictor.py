@@ -28,12 +28,11 @@ from transformers import (
 # Not from the top, where older releases put a stand-in that asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..checkpoints import problem_of
 from ..command_line import model_source, written_pruning
 from ..convert import prune
 from ..data import check_max_length
 from ..images import processed_size, size_name, sized
-from ..labels import CLASSES, MULTI_LABEL, NUMBER, REGRESSION
+from ..labels import MULTI_LABEL, NUMBER, REGRESSION
 from ..modeling.token_outputs import EncoderCall
 from .arguments import PredictionArguments
 from .inputs import Encoded, ImageEncoder, TextEncoder, token_batches
@@ -258,7 +257,7 @@ class Answers(ABC):
 
 @dataclass(frozen=True)
 class Classes(Answers):
-    """The best of two labels or more and its score by softmax, as Transformers' pipelines give it."""
+    """The best label and its score, as Transformers' pipelines give it: by softmax, or sigmoid of one logit."""
 
     labels: dict[int, str]
 
@@ -266,7 +265,7 @@ class Classes(Answers):
         return {"label": datasets.Value("string"), "score": NUMBER}
 
     def own_columns(self, logits: torch.Tensor) -> dict[str, pa.Array]:
-        best, index = logits.softmax(dim=-1).max(dim=-1)
+        best, index = (logits.softmax(dim=-1) if self.count > 1 else logits.sigmoid()).max(dim=-1)
         labels = [str(self.labels[i]) for i in index.tolist()]
         return {"label": pa.array(labels, pa.string()), "score": pa.array(best.numpy(), pa.float32())}
 
@@ -299,12 +298,9 @@ class SeveralLabels(Answers):
 
 
 def _columns(config: PreTrainedConfig, logits: bool) -> Answers:
-    problem = problem_of(config)
-    if problem == REGRESSION:
+    if config.problem_type == REGRESSION:
         return Numbers(config.num_labels, logits)
-    if problem == CLASSES and config.num_labels < 2:  # newer releases of transformers say so on their own
-        raise ValueError(f"problem_type ({problem!r}) requires `num_labels > 1`, and the model has {config.num_labels}")
-    kind = SeveralLabels if problem == MULTI_LABEL else Classes
+    kind = SeveralLabels if config.problem_type == MULTI_LABEL else Classes
     return kind(config.num_labels, logits, config.id2label)
 
 
