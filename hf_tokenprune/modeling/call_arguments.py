@@ -1,6 +1,6 @@
 """What a call may say besides its inputs: every argument acts as natively, or is refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -22,7 +22,7 @@ KNOWN = (
 )
 
 
-def check_arguments(given: Mapping[str, Any], further: tuple[str, ...] = ()) -> None:
+def check_arguments(given: Mapping[str, Any], further: Collection[str] = ()) -> None:
     """Raises for what would be dropped without a word.
 
     Args:

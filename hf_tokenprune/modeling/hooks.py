@@ -31,9 +31,9 @@ def hooked_modules(model: nn.Module) -> list[nn.Module]:
             own = module.__dict__
             if own["_modules"]:
                 levels.append(own["_modules"])
-            stores = [own[name] for name in HOOKS]
-            if any(stores):
-                found += [module] if any(_looks(hook) for store in stores for hook in store.values()) else []
+            forward, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+            if forward or before or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+                found += [module] if any(_looks(hook) for name in HOOKS for hook in own[name].values()) else []
     return found
 
 

@@ -7,7 +7,7 @@ Shapes: B samples, N input length, K rows, T alive tokens of the batch, D featur
 the call holds the tokens: `1, T` packed, `B, K` padded, `B, N` masked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import logging
 
 from .call_arguments import check_arguments, wanted_states
-from .flat_texts import find_texts
+from .flat_texts import BORDERS, find_texts
 from .hooks import hooked_modules, warn_of_uncalled
 from .model_repository import ModelRepository
 from .pruner_modules import ASKED, PrunerModules
@@ -152,7 +152,7 @@ class TokenPruneModel(PrunerModules, Prunable):
         trace: bool | None,
         restore: bool,
         kwargs: dict[str, Any],
-        further: tuple[str, ...] = (),
+        further: Collection[str] = (),
     ) -> EncoderCall:
         """The call's wishes in one place: arguments first, then the config, as native models have it.
 
@@ -240,6 +240,8 @@ class TokenPruneModel(PrunerModules, Prunable):
             ValueError: borders that do not fit.
         """
         some = next(iter(inputs.values()))
+        if "position_ids" not in inputs and not borders.keys() & set(BORDERS):
+            return inputs, mask
         check_mask_shape(mask, *some.shape[:2])
         there = None if mask is None else mask.to(some.device, torch.bool)
         texts = find_texts(tuple(some.shape[:2]), some.device, there, inputs.get("position_ids"), borders)
