@@ -61,7 +61,7 @@ def find_texts(
 
     Args:
         mask: bool [R, L]. position_ids: [R, L]; where nothing else says where texts begin, ids that return to a row's
-            first one do.
+            least one do.
         given: the values of `BORDERS`, as far as there are any.
 
     Raises:

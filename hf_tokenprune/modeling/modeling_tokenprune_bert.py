@@ -140,7 +140,7 @@ class TokenPruneBertModel(TokenPruneModel, BertModel):
                 `positions` [B, K].
             cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: borders of a flattened input, as
                 `DataCollatorWithFlattening` makes them: rows [R, L] that hold B texts one after the other. Without
-                borders, `position_ids` that return to a row's first one say where texts begin, if there is no mask.
+                borders, `position_ids` that return to a row's least one say where texts begin, if there is no mask.
                 `last_hidden_state` comes in the same layout, [R, L, D]; the pooler's output [B, D], hidden states
                 [B, N, D], attentions, trace and kept tokens come by text.
 
